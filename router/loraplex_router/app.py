@@ -44,10 +44,12 @@ from loraplex_router.settings import MEMORY, RouterSettings
 from loraplex_router.store.redis_server import RedisServer
 from loraplex_router.telemetry.opening import open_telemetry
 from loraplex_router.telemetry.telemetry import Telemetry
+from loraplex_router.usage.redis_ledger import RedisLedger
 
 logger = logging.getLogger(__name__)
 
 SWITCH_SECONDS = 0.001  # how long a tokenizing or rendering thread may hold the GIL while the event loop waits
+LOST_SECONDS = 60.0  # for which what a router that died has streamed is kept longer, until others have counted it
 STOP_SECONDS = 4  # for each of the two faces after the drain: the chart's grace period leaves ten in all
 
 # Called with the HTTP port, the gRPC port, whether the model has a chat template, and the available adapters.
@@ -85,13 +87,17 @@ class Router:
         keys = key_file.keys if key_file else Keys({})
         declarations = Declarations(self._administration, self._registry_file)
         uploads = Uploads(self._administration, declarations, self._replicas, settings.adapter_uploads_mib << 20)
-        seconds = settings.resume_seconds
+        seconds, usage = settings.resume_seconds, telemetry.usage
         self._redis = RedisServer(settings.store) if settings.store not in ("", MEMORY) else None
-        streams = RedisStore(self._redis, seconds) if self._redis else MemoryStore(seconds)
+        streams = RedisStore(self._redis, seconds + LOST_SECONDS) if self._redis else MemoryStore(seconds)
         self._journal = Journal(streams, seconds) if settings.store else None
         self._limits = SharedLimits(LimitStore(self._redis)) if self._redis else None
+        if self._journal:
+            usage.written = self._journal.keep_up
         if redis := self._redis:
+            usage.ledger = RedisLedger(redis)
             telemetry.metrics.watch_store(lambda: redis.fails)
+        self._usage = usage
         self._service = Service(
             self._replicas,
             self._administration,
@@ -156,6 +162,7 @@ class Router:
             self._prefetching.run(),
             self._tell_health(),
             self._restore_pins(),
+            self._usage.run(),
             self._announce(ready),
             *followed,
         )

@@ -132,14 +132,19 @@ class EdgeSettings(BaseModel):
     otlp_endpoint: str = Field(
         "",
         pattern=r"^(https?://\S+)?$",
-        description="OTLP/gRPC address of an OpenTelemetry collector for traces, such as http://HOST:4317. "
-        "Empty: no traces.",
+        description="OTLP/gRPC address of an OpenTelemetry collector for traces, and for usage as log events, such as "
+        "http://HOST:4317. Empty: none.",
     )
     trace_sampling: float = Field(
         1.0, ge=0, le=1, description="Fraction of requests to trace, among those that arrive without a trace."
     )
     log_format: Literal["text", "json"] = Field("text", description="Format of log lines.")
     log_prompts: bool = Field(False, description="Log prompts and answers with each request.")
+    usage_log: Path | None = Field(
+        None,
+        description="A file to which a line of JSON is appended for each request that ends: tenant, adapter, tokens. "
+        "A new one is begun when it is moved away. Absent: none.",
+    )
     store: str = Field(
         "",
         description="What routers share: redis://HOST:PORT/DATABASE (rediss:// with TLS). Those that name the same "

@@ -12,11 +12,17 @@ from itertools import pairwise
 
 import grpc
 import pytest
+from opentelemetry.proto.collector.logs.v1 import logs_service_pb2 as logs_pb
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2_grpc import (
+    LogsServiceServicer,
+    add_LogsServiceServicer_to_server,
+)
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as pb
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     TraceServiceServicer,
     add_TraceServiceServicer_to_server,
 )
+from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from loraplex_protos.generation_pb2 import AdapterReference, GenerateRequest, Stopping
@@ -29,10 +35,26 @@ NOT_SAMPLED = f"00-{'ef' * 16}-{'cd' * 8}-00"
 TOKENS = 40
 
 
+class EventCollector(LogsServiceServicer):
+    """Keeps the log events that arrive."""
+
+    def __init__(self) -> None:
+        self.events: list[LogRecord] = []
+
+    def Export(
+        self, request: logs_pb.ExportLogsServiceRequest, context: grpc.ServicerContext
+    ) -> logs_pb.ExportLogsServiceResponse:
+        self.events += [
+            event for resource in request.resource_logs for scope in resource.scope_logs for event in scope.log_records
+        ]
+        return logs_pb.ExportLogsServiceResponse()
+
+
 class Collector(TraceServiceServicer):
     """Keeps the spans that arrive, by trace id."""
 
     def __init__(self) -> None:
+        self.usage = EventCollector()
         self.traces: dict[str, list[Span]] = defaultdict(list)
         self.services: set[str] = set()
         self._lock = threading.Lock()
@@ -58,6 +80,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector]:
     collector = Collector()
     listener = grpc.server(ThreadPoolExecutor(4))
     add_TraceServiceServicer_to_server(collector, listener)
+    add_LogsServiceServicer_to_server(collector.usage, listener)
     port = listener.add_insecure_port("127.0.0.1:0")
     listener.start()
     try:
@@ -142,3 +165,19 @@ def test_without_an_endpoint_opentelemetry_is_not_even_imported():
     script = "import sys, loraplex_router.app, loraplex_shard.serving.server; print('opentelemetry.sdk' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_every_request_is_a_usage_event(collected: Collector):
+    events = [
+        {attribute.key: attribute.value for attribute in event.attributes}
+        for event in collected.usage.events
+        if event.event_name == "loraplex.usage"
+    ]
+    assert len(events) == 4
+    assert all(event["loraplex.outcome"].string_value == "finished" for event in events)
+    generated = [
+        event["loraplex.generated_tokens"].int_value
+        for event in events
+        if event["loraplex.adapter"].string_value == "sql"
+    ]
+    assert generated == [TOKENS] * 3

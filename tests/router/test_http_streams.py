@@ -28,13 +28,14 @@ class Client:
 
     def __init__(self, setup: Setup, path: str, body: object = None, **headers: str) -> None:
         """Without a body, it is a GET."""
+        path, _, query = path.partition("?")
         self._app = setup.app
         self._scope = {
             "type": "http",
             "method": "GET" if body is None else "POST",
             "path": path,
             "raw_path": path.encode(),
-            "query_string": b"",
+            "query_string": query.encode(),
             "headers": [
                 (b"content-type", b"application/json"),
                 *((name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()),

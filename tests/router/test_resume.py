@@ -123,13 +123,13 @@ class SharedStore(MemoryStore):
     shared = True
     failing = forgetful = False
 
-    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str]) -> None:
+    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Collection[str] = ()) -> None:
         if self.failing:
             raise UnavailableError("no answer")
         if self.forgetful:
             heads = {key: part.partition(b"\n") for key, part in parts.items() if part.startswith(b"{")}
             parts = {key: head + line_end for key, (head, line_end, _) in heads.items()}
-        await super().append(parts, renewed)
+        await super().append(parts, renewed, begun)
 
 
 async def test_what_the_store_does_not_have_yet_is_generated_again_and_compared():

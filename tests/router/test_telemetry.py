@@ -15,7 +15,7 @@ from loraplex_protos.errors import AdapterNotFoundError, ForbiddenError, Invalid
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.telemetry.labels import OTHER, AdapterLabels
 from loraplex_router.telemetry.request_log import RequestLog
-from loraplex_router.telemetry.usage import Used
+from loraplex_router.usage.event import Used
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
 from tests.router.test_engine import Setup
@@ -96,8 +96,8 @@ async def test_tenants_see_their_own_usage_and_administrators_see_everybodys(gua
     left = await guarded.service.generate(request, "acme")
     guarded.service.close(left)  # before it ran
     of_acme = [("acme", adapter, Used(2, 2, 0, 4)) for adapter in ("acme/other", "acme/secret", "base")]
-    assert guarded.service.usage("acme")[1] == of_acme
-    assert guarded.service.usage("operator")[1] == [*of_acme, ("operator", "base", Used(1, 3, 0, 4))]
+    assert (await guarded.service.usage("acme"))[1] == of_acme
+    assert (await guarded.service.usage("operator"))[1] == [*of_acme, ("operator", "base", Used(1, 3, 0, 4))]
     text = (await guarded.service.scrape("operator")).decode()
     assert 'loraplex_tenant_requests_total{tenant="acme"} 6.0' in text
     assert 'loraplex_tenant_generated_tokens_total{tenant="operator"} 4.0' in text

@@ -293,6 +293,7 @@ class Generation:
         self.reference = reference  # to the adapter, as requested
         self.adapter = adapter  # on the replica that runs the generation
         self.tenant = tenant  # its name, for the log
+        self.stream = ""  # its key in the journal, if it is there
         self.nonce = nonce or secrets.token_hex(16)  # what the ids in its answers are made of
         self.arrived = arrived  # when the request arrived; like the next four, from time.monotonic
         self.validated = validated  # when everything but its adapter was ready

@@ -116,7 +116,8 @@ class Journal:
         over = [entry for entry in entries if entry.ended]
         try:
             if parts or old or self._fails is not False:
-                await self._store.append(parts, [entry.key for entry in old] or [NOTHING])
+                begun = [entry.key for entry in entries if entry.record]
+                await self._store.append(parts, [entry.key for entry in old] or [NOTHING], begun)
         except UnavailableError as error:
             if not self._fails:
                 logger.warning("streams cannot be resumed for now: %s", error.message)

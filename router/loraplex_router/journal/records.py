@@ -14,6 +14,8 @@ import orjson
 from loraplex_router.vocabulary.position import Reached
 from loraplex_router.vocabulary.request import Request
 
+MAX_SEQUENCES = 64  # of a stream: each has a part in the events' ids
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -23,6 +25,8 @@ class Record:
     tenant: str
     request_id: str
     adapters: tuple[str, ...]  # the ids that the names in the request stood for
+    adapter: str  # its name, as its usage is counted
+    version: str  # of the adapter registry
     digest: str  # the adapter's
     prompt: tuple[int, ...]
     seed: int  # of the first sequence
@@ -66,6 +70,13 @@ def decode(data: bytes, sequences: int) -> tuple[Record, tuple[list[int], ...]]:
         of[start:] = words[at + 3 : at + 3 + count]
         at += 3 + count
     return record, tokens
+
+
+def read_progress(data: bytes) -> tuple[Record, int]:
+    """The record, and how many tokens there are of all sequences. Raises ValueError, KeyError or TypeError if it is not
+    complete."""
+    record, tokens = decode(data, MAX_SEQUENCES)
+    return record, sum(map(len, tokens))
 
 
 def fingerprint(request: Request, model: str) -> str:

@@ -7,6 +7,11 @@ from loraplex_router.store.redis_server import PREFIX, Command, RedisServer
 STREAM = f"{PREFIX}stream:"
 
 
+def open_streams(router: str) -> str:
+    """The key of the streams of a router whose usage is not counted yet."""
+    return f"{PREFIX}open-streams:{router}"
+
+
 class RedisStore:
     """What was not written to for `seconds` is forgotten."""
 
@@ -16,9 +21,11 @@ class RedisStore:
         self._server = server
         self._milliseconds = round(seconds * 1000)
 
-    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str]) -> None:
+    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Collection[str] = ()) -> None:
         commands: list[Command] = [("APPEND", STREAM + key, part) for key, part in parts.items()]
         commands += [("PEXPIRE", STREAM + key, self._milliseconds) for key in renewed]
+        if begun:
+            commands.append(("SADD", open_streams(self._server.router), *begun))
         await self._server.run(commands)
 
     async def read(self, key: str) -> bytes | None:

@@ -12,9 +12,9 @@ class Store(Protocol):
 
     shared: bool  # with other routers
 
-    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str]) -> None:
-        """Adds the parts to what their keys have. What the keys in `renewed` have is kept longer now. Raises
-        UnavailableError if it may have failed."""
+    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Collection[str] = ()) -> None:
+        """Adds the parts to what their keys have. What the keys in `renewed` have is kept longer now. `begun`: those
+        whose usage others must count if this router dies. Raises UnavailableError if it may have failed."""
         ...
 
     async def read(self, key: str) -> bytes | None:
@@ -33,7 +33,7 @@ class MemoryStore:
         self._kept: dict[str, tuple[float, bytearray]] = {}  # with the time of its last use, oldest first
         self._size = 0
 
-    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str]) -> None:
+    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Collection[str] = ()) -> None:
         for key in {**parts, **dict.fromkeys(renewed)}:
             self._use(key, parts.get(key, b""))
         self._forget()

@@ -8,12 +8,11 @@ from loraplex_protos.errors import FieldViolation, InvalidRequestError, RequestN
 from loraplex_router.access.tenant import Tenant
 from loraplex_router.engine.output import Delta, Generation, SequenceOutput
 from loraplex_router.journal.journal import Journal
-from loraplex_router.journal.records import Record, Saved, decode, fingerprint
+from loraplex_router.journal.records import MAX_SEQUENCES, Record, Saved, decode, fingerprint
 from loraplex_router.vocabulary.position import Position, Reached, checksum
 from loraplex_router.vocabulary.references import ids_of
 from loraplex_router.vocabulary.request import Request
 
-MAX_SEQUENCES = 64  # each has a part in the events' ids
 MAX_PROMPT = 2**17  # tokens
 
 UNKNOWN = "the stream is not known here: it ended too long ago, or it was another caller's. Send a new request"
@@ -71,12 +70,15 @@ class Stream:
                     tenant=tenant.name,
                     request_id=generation.request_id,
                     adapters=ids_of(generation.reference),
+                    adapter=generation.adapter_name,
+                    version=generation.adapter_version,
                     digest=generation.adapter_digest,
                     prompt=tuple(sequence.tokens[: sequence.prompt_length]),
                     seed=sequence.sampling.seed or 0,
                     nonce=generation.nonce,
                 )
-                self._journal.begin(f"{self._id}.{len(self._generations)}", generation, record)
+                generation.stream = f"{self._id}.{len(self._generations)}"
+                self._journal.begin(generation.stream, generation, record)
             self._generations.append(generation)
 
     async def resumable(self) -> bool:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from datetime import date
 from itertools import zip_longest
 from typing import Literal
 
@@ -40,9 +41,9 @@ from loraplex_router.service.preparation import Arrival, Preparation
 from loraplex_router.service.response_store import ResponseStore
 from loraplex_router.service.running import RunningRequests
 from loraplex_router.telemetry.telemetry import Telemetry
-from loraplex_router.telemetry.usage import Used
 from loraplex_router.text.model import Model
 from loraplex_router.text.tokenizer import Spans, Tokenizer, TokenSpan
+from loraplex_router.usage.event import Used
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import Chat, ChatTemplates
 from loraplex_router.vocabulary.checks import check_adapter, check_embed_request, check_request
@@ -399,11 +400,14 @@ class Service:
         tenant = self.keys.tenant(key) if key or not self.keys.required else None
         return await self.telemetry.scrape(self._metrics_auth == "none" or (tenant is not None and tenant.admin))
 
-    def usage(self, key: str | None = None) -> tuple[float, list[tuple[str, str, Used]]]:
-        """Since when (a time.time) usage is counted, and what each tenant used with each adapter: the caller's tenant
-        or, for an administrator, all."""
-        tenant, usage = self.keys.tenant(key), self.telemetry.usage
-        return usage.since, list(usage.of(None if tenant.admin else tenant.name))
+    async def usage(
+        self, key: str | None = None, first: date | None = None, last: date | None = None
+    ) -> tuple[float, list[tuple[str, str, Used]]]:
+        """Since when (a time.time) usage is counted, and what each tenant used with each adapter in these days (UTC):
+        the caller's tenant or, for an administrator, all."""
+        tenant = self.keys.tenant(key)
+        since, used = await self.telemetry.usage.between(first, last)
+        return since, [each for each in used if tenant.admin or each[0] == tenant.name]
 
     async def tokenize(
         self,

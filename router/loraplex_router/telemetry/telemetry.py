@@ -23,7 +23,7 @@ from loraplex_router.telemetry.metrics import Metrics
 from loraplex_router.telemetry.nameless import Nameless
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.state import ReplicaState, Snapshot, State
-from loraplex_router.telemetry.usage import Usage
+from loraplex_router.usage.usage import Usage
 from loraplex_router.vocabulary.request import EmbedRequest, Request
 from loraplex_router.vocabulary.sequence import FinishReason, Plan, Sequence
 
@@ -48,6 +48,7 @@ class Telemetry:
         self.traces: Traces | None = None
         self.interceptors: tuple[grpc.aio.ServerInterceptor, ...] = ()
         self.middleware: tuple[Middleware, ...] = ()
+        self.closing: tuple[Callable[[], None], ...] = ()
         self._snapshots: list[Snapshot] = []
         self._add(State(self._replicas, self._labels, self._live))
 
@@ -131,7 +132,7 @@ class Telemetry:
         metrics.hits.inc(sum(output.sequence.prefix_hit for output in generation.outputs))
         metrics.adapter_prompt.labels(label).inc(prompt_tokens)
         metrics.adapter_generated.labels(label).inc(generated_tokens)
-        self.usage.add(generation)
+        self.usage.ended(generation, outcome, now)
         if generation.tenant and generation.started is not None:
             metrics.tenant_requests.labels(generation.tenant).inc()
             metrics.tenant_prompt.labels(generation.tenant).inc(prompt_tokens)

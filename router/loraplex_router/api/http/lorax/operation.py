@@ -3,10 +3,10 @@
 import asyncio
 import threading
 from dataclasses import asdict
-from datetime import UTC, datetime
-from typing import Any
+from datetime import UTC, date, datetime
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -19,6 +19,9 @@ from loraplex_router.api.http.lorax import schema
 from loraplex_router.vocabulary.checks import MAX_N, MAX_STOPS
 from loraplex_router.vocabulary.request import EmbedRequest
 from loraplex_router.vocabulary.request import Request as InternalRequest
+
+First = Annotated[date | None, Query(alias="from", description="the first day, in UTC")]
+Last = Annotated[date | None, Query(alias="to", description="the last day, in UTC")]
 
 router = APIRouter()
 _describing = threading.Lock()
@@ -97,11 +100,11 @@ async def load(call: Call) -> dict[str, int]:
     return {"server_load": call.service.num_running}
 
 
-@router.get("/usage", tags=["Operation"], responses={200: {"model": schema.Usage}, 401: LORAX_ERRORS[401]})
-async def usage(call: Call) -> Response:
-    """What the API key's tenant has used with each adapter since the server started; for an administrator, what all
-    tenants have."""
-    since, rows = call.service.usage(call.key)
+@router.get("/usage", tags=["Operation"], responses={200: {"model": schema.Usage}, **only(LORAX_ERRORS, 401, 422, 503)})
+async def usage(call: Call, first: First = None, last: Last = None) -> Response:
+    """What the API key's tenant has used with each adapter; for an administrator, what all tenants have. With a Redis
+    server (`--store`), at all routers that share it; otherwise at this one since it started."""
+    since, rows = await call.service.usage(call.key, first, last)
     return JSONResponse(
         {
             "since": datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds"),

@@ -138,7 +138,7 @@ class Used(BaseModel):
 class Usage(BaseModel):
     """What ended requests have used."""
 
-    since: str = Field(description="when the server started, in ISO 8601")
+    since: str = Field(description="when counting began, in ISO 8601")
     usage: list[Used]
 
 

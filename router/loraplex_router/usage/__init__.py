@@ -1,0 +1,1 @@
+"""What requests have used: an event for each, and totals by tenant, adapter and day, which routers may share."""

@@ -1,0 +1,116 @@
+"""The ledger in a Redis server that several routers share. It also knows which routers live, and what those that have
+died were streaming."""
+
+import time
+from collections.abc import Sequence
+from datetime import date
+
+import orjson
+
+from loraplex_router.journal.redis_store import STREAM, open_streams
+from loraplex_router.store.redis_server import PREFIX, Command, RedisServer
+from loraplex_router.usage.event import Used
+from loraplex_router.usage.ledger import MOST_ADAPTERS, MOST_DAYS, OTHER, Entry, Lost, Totals, add_up, today
+
+LEASE_SECONDS = 5.0  # without a sign of life, after which a router has died
+STREAM_SECONDS = 86400  # how long it is known what is counted of a stream
+ENTRY_SECONDS = 600  # the same of others: until this router knows that they are counted
+
+ROUTERS = f"{PREFIX}routers"
+SINCE = f"{PREFIX}usage-since"
+
+# KEYS: the account, the day's totals. ARGV: the entry; for the adapter and for other ones, the totals' names.
+SETTLE = """
+local entry = cjson.decode(ARGV[1])
+local stored = redis.call('GET', KEYS[1])
+local account = stored and cmsgpack.unpack(stored) or {generated = 0}
+if account.entry == entry.name then return cjson.encode(account.new) end  -- it asks again
+
+local new = entry.used
+if stored then new = {0, 0, 0, math.max(0, entry.used[4] - account.generated)} end
+account = {entry = entry.name, generated = math.max(account.generated, entry.used[4]), new = new}
+redis.call('SET', KEYS[1], cmsgpack.pack(account), 'EX', entry.keeps)
+
+local names = entry.names
+if redis.call('HEXISTS', KEYS[2], names[1]) == 0 and redis.call('HLEN', KEYS[2]) >= entry.most then
+  names = entry.others
+end
+for place, name in ipairs(names) do redis.call('HINCRBY', KEYS[2], name, new[place]) end
+redis.call('EXPIRE', KEYS[2], entry.days * 86400)
+return cjson.encode(new)
+"""
+
+# Says that a router lives, and returns those that no longer do.
+LIVE = """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1e6
+redis.call('ZADD', KEYS[1], string.format('%.3f', now + ARGV[2]), ARGV[1])
+return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.3f', now))
+"""
+
+
+class RedisLedger:
+    def __init__(self, server: RedisServer) -> None:
+        self._server = server
+
+    async def settle(self, entries: Sequence[Entry]) -> list[Used]:
+        commands: list[Command] = [("SET", SINCE, time.time(), "NX")]
+        commands += [self._settle(entry, entry.used) for entry in entries if entry.used]
+        commands += [
+            ("SREM", open_streams(entry.router or self._server.router), entry.stream)
+            for entry in entries
+            if entry.stream
+        ]
+        answers = iter((await self._server.run(commands))[1:])
+        return [Used(*orjson.loads(next(answers))) if entry.used else Used() for entry in entries]
+
+    def _settle(self, entry: Entry, used: Used) -> Command:
+        said = {
+            "name": f"{self._server.router}.{entry.number}",
+            "used": used.values,
+            "names": _names(entry.tenant, entry.adapter),
+            "others": _names(entry.tenant, OTHER),
+            "keeps": STREAM_SECONDS if entry.stream else ENTRY_SECONDS,
+            "most": MOST_ADAPTERS * len(used.values),
+            "days": MOST_DAYS,
+        }
+        return "EVAL", SETTLE, 2, f"{PREFIX}account:{entry.account}", _day(today()), orjson.dumps(said)
+
+    async def totals(self, days: Sequence[date]) -> Totals:
+        found = await self._server.run([("HGETALL", _day(day)) for day in days])
+        return add_up([_read(each) for each, _ in zip(found, days, strict=False)])
+
+    async def since(self) -> float:
+        (since,) = await self._server.run([("GET", SINCE)])
+        return float(since) if since else time.time()
+
+    async def lost(self) -> list[Lost]:
+        (dead,) = await self._server.run([("EVAL", LIVE, 1, ROUTERS, self._server.router, LEASE_SECONDS)])
+        return [lost for router in dead for lost in await self._left_by(router.decode())]
+
+    async def _left_by(self, router: str) -> list[Lost]:
+        (streams,) = await self._server.run([("SMEMBERS", open_streams(router))])
+        if not streams:
+            await self._server.run([("ZREM", ROUTERS, router)])
+            return []
+        data = await self._server.run([("GET", STREAM + stream.decode()) for stream in streams])
+        return [Lost(router, stream.decode(), each or b"") for stream, each in zip(streams, data, strict=True)]
+
+    async def drop(self, lost: Lost) -> None:
+        await self._server.run([("SREM", open_streams(lost.router), lost.stream)])
+
+
+def _day(day: date) -> str:
+    return f"{PREFIX}usage:{day.isoformat()}"
+
+
+def _names(tenant: str, adapter: str) -> list[str]:
+    return [orjson.dumps([tenant, adapter, place]).decode() for place in range(len(Used().values))]
+
+
+def _read(stored: dict[bytes, bytes]) -> Totals:
+    found: dict[tuple[str, str], list[int]] = {}
+    for name, value in stored.items():
+        tenant, adapter, place = orjson.loads(name)
+        found.setdefault((tenant, adapter), [0] * len(Used().values))[place] = int(value)
+    return {key: Used(*values) for key, values in found.items()}

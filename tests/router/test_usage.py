@@ -1,0 +1,174 @@
+"""Usage: each token counts once, whichever routers computed a stream, and each request has its event."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import date, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraplex_router.journal.journal import Journal
+from loraplex_router.journal.redis_store import RedisStore
+from loraplex_router.store.redis_server import RedisServer
+from loraplex_router.usage import ledger as ledgers
+from loraplex_router.usage import redis_ledger
+from loraplex_router.usage.event import Used
+from loraplex_router.usage.ledger import Entry, Ledger, MemoryLedger, today
+from loraplex_router.usage.log import UsageLog
+from loraplex_router.usage.redis_ledger import RedisLedger
+from tests.redis_server import redis_server
+from tests.router.test_engine import Setup
+from tests.router.test_http_streams import MANY, STREAMS, Client, until
+from tests.router.test_resume import ask, events
+from tests.tools import needs_redis
+
+STREAM = "/v1/completions", {**STREAMS["/v1/completions"], "max_tokens": MANY}
+
+
+@pytest.fixture(params=["memory", pytest.param("redis", marks=needs_redis)])
+async def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Ledger]:
+    if request.param == "memory":
+        yield MemoryLedger()
+        return
+    with redis_server(tmp_path) as (url, _):
+        server = RedisServer(url)
+        yield RedisLedger(server)
+        await server.aclose()
+
+
+def entry(number: int, generated: int, account: str = "one", adapter: str = "a") -> Entry:
+    return Entry(number, account, "acme", adapter, Used(1, 10, 4, generated), stream=account)
+
+
+async def test_of_a_stream_only_what_is_new_is_counted(ledger: Ledger):
+    assert await ledger.settle([entry(0, 5)]) == [Used(1, 10, 4, 5)]
+    assert await ledger.settle([entry(1, 12), entry(2, 7, "two")]) == [Used(generated_tokens=7), Used(1, 10, 4, 7)]
+    assert await ledger.settle([entry(3, 11)]) == [Used()]  # others had generated more
+    never_ran = Entry(4, "three", "acme", "a", None)
+    assert await ledger.settle([never_ran]) == [Used()]
+    assert await ledger.totals([today()]) == {("acme", "a"): Used(2, 20, 8, 19)}
+    assert await ledger.totals([today() - timedelta(1)]) == await ledger.totals([]) == {}
+    assert await ledger.since() > 0
+
+
+async def test_an_adapter_too_many_shares_an_entry(ledger: Ledger, monkeypatch: pytest.MonkeyPatch):
+    for module in (ledgers, redis_ledger):
+        monkeypatch.setattr(module, "MOST_ADAPTERS", 2)
+    await ledger.settle([entry(number, 1, str(number), adapter) for number, adapter in enumerate("abcad")])
+    found = {adapter: used.requests for (_, adapter), used in (await ledger.totals([today()])).items()}
+    assert found == {"a": 2, "b": 1, "other": 2}
+
+
+@given(st.lists(st.integers(0, 100), min_size=1))
+def test_a_stream_counts_as_much_as_the_router_that_had_most_of_it(lengths: list[int]) -> None:
+    async def settle() -> list[Used]:
+        ledger = MemoryLedger()
+        return [(await ledger.settle([entry(number, length)]))[0] for number, length in enumerate(lengths)]
+
+    counted = asyncio.run(settle())
+    assert sum(used.generated_tokens for used in counted) == max(lengths)
+    assert sum(used.requests for used in counted) == 1
+
+
+@needs_redis
+async def test_an_entry_whose_answer_was_lost_is_not_counted_twice(tmp_path: Path):
+    with redis_server(tmp_path) as (url, _):
+        server = RedisServer(url)
+        ledger = RedisLedger(server)
+        for _ in range(2):
+            assert await ledger.settle([entry(0, 5)]) == [Used(1, 10, 4, 5)]
+        assert await ledger.totals([today()]) == {("acme", "a"): Used(1, 10, 4, 5)}
+        await server.aclose()
+
+
+class Router:
+    """A service with a journal and a ledger in Redis, and the events that it tells."""
+
+    def __init__(self, url: str) -> None:
+        self.server = RedisServer(url)
+        self.journal = Journal(RedisStore(self.server, 60), seconds=60)
+        self.setup = Setup(journal=self.journal)
+        self.usage = self.setup.telemetry.usage
+        self.usage.ledger, self.usage.written = RedisLedger(self.server), self.journal.keep_up
+        self.told: list[dict[str, object]] = []
+        self.usage.sinks.append(self.told.append)
+        runs = (self.setup.engine.run(), self.journal.run(), self.usage.run())
+        self._tasks = [asyncio.create_task(run) for run in runs]
+
+    async def die(self) -> None:
+        self.usage.ledger = MemoryLedger()  # what it knows is lost
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.server.aclose()
+
+
+@needs_redis
+async def test_what_a_dead_router_has_streamed_is_counted_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(redis_ledger, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr("loraplex_router.usage.usage.LIVE_SECONDS", 0.1)
+    with redis_server(tmp_path) as (url, _):
+        first, second = Router(url), Router(url)
+        await ask(first.setup, *STREAM, x_request_id="whole")
+        await first.usage.settle()
+        clients = {name: Client(first.setup, *STREAM, x_request_id=name) for name in ("resumed", "left")}
+        running = [asyncio.create_task(client.run()) for client in clients.values()]
+        await until(lambda: all(len(events(client)) > 5 for client in clients.values()))
+        await first.die()
+        received = len(events(clients["left"]))
+        await ask(second.setup, *STREAM, events(clients["resumed"])[-1][0])
+        outcomes = [("left", "lost"), ("resumed", "finished")]
+        await until(lambda: set(outcomes) <= {(each["request_id"], each["outcome"]) for each in second.told})
+        tokens = Counter[object]()
+        for event in first.told + second.told:
+            tokens[event["request_id"]] += event["generated_tokens"]
+        assert tokens["whole"] == tokens["resumed"] == MANY and received <= tokens["left"] < MANY
+        (used,) = json.loads("".join((await ask(second.setup, "/usage", None)).bodies))["usage"]
+        assert (used["requests"], used["prompt_tokens"], used["generated_tokens"]) == (3, 3, tokens.total())
+        assert not await second.usage.ledger.lost()
+        for task in running:
+            task.cancel()
+        await second.die()
+
+
+def test_usage_events_are_lines_of_a_file_that_may_be_moved_away(tmp_path: Path):
+    path = tmp_path / "usage.jsonl"
+    log = UsageLog(path)
+    log({"n": 1})
+    path.rename(tmp_path / "old")
+    log({"n": 2})
+    path.unlink()
+    log({"n": 3})
+    log({"n": 4})
+    assert (tmp_path / "old").read_bytes() == b'{"n":1}\n'
+    assert path.read_bytes() == b'{"n":3}\n{"n":4}\n'
+    with pytest.raises(OSError, match=r"--usage-log: .* cannot be written to: Is a directory"):
+        UsageLog(tmp_path)
+
+
+def test_events_that_find_the_disk_full_are_written_later(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "usage.jsonl"
+    path.symlink_to("/dev/full")
+    log = UsageLog(path)
+    for number in range(3):
+        log({"n": number})
+    assert [record.message.partition(" for now")[0] for record in caplog.records] == ["usage events are kept"]
+    path.unlink()
+    log({"n": 3})
+    assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+
+
+async def test_usage_of_some_days_can_be_asked_for():
+    setup = Setup()
+    task = asyncio.create_task(setup.engine.run())
+    await setup.answer(1, tokens=3)
+    day = date.isoformat(today())
+    for query, found in (("", 1), (f"?from={day}&to={day}", 1), (f"?to={today() - timedelta(1)}", 0)):
+        answer = json.loads("".join((await ask(setup, f"/usage{query}", None)).bodies))
+        assert len(answer["usage"]) == found, query
+    assert (await ask(setup, "/usage?from=yesterday", None)).status == 422
+    task.cancel()
