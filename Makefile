@@ -11,7 +11,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 TORCH  := $(if $(shell command -v nvidia-smi),cuda,cpu)
 TORCH_FLAGS := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 
-.PHONY: serve test test-fast lint image bench clean
+.PHONY: serve test test-fast lint image bench gpu-wheels gpu-check clean
 
 # More flags: make serve ARGS="--tp 2"
 serve: $(VENV)/serve
@@ -42,6 +42,24 @@ image:
 # Measures the engine on this machine, and compares it with its targets. Nothing else should run at the same time.
 bench: $(VENV)/test
 	THP_MEM_ALLOC_ENABLE=1 GOMP_SPINCOUNT=3000 $(BIN)/python -m bench.engine $(ARGS)
+
+# Fetches into .whl what `make gpu-check` needs on a machine with a GPU, but without a network: docs/gpu.md.
+gpu-wheels: $(VENV)/serve
+	rm -rf .whl
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir .whl .
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(foreach minor,39 35 34 31 28 27 24 17,--platform manylinux_2_$(minor)_x86_64) --platform manylinux2014_x86_64 \
+		--constraint constraints.txt --requirement bench/gpu/wheels.txt --dest .whl
+
+# Checks and measures everything on one GPU in nine minutes: with the wheels in .whl if there are any, else with .venv.
+gpu-check:
+ifneq ($(wildcard .whl/*.whl),)
+	python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target build/gpu .whl/*.whl
+	PYTHONPATH=.:router:shard:client:build/gpu python3 -m bench.gpu all $(ARGS)
+else
+	$(MAKE) $(VENV)/test
+	$(BIN)/python -m bench.gpu all $(ARGS)
+endif
 
 clean:
 	rm -rf $(VENV)
