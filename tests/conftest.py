@@ -13,9 +13,10 @@ from hypothesis import settings
 from tests.tools import describe_skipped
 
 # Must be set before anything imports Triton or torch: the tests are the same on every machine. No GPU is used, and
-# Triton's kernels are interpreted.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["TRITON_INTERPRET"] = "1"
+# Triton's kernels are interpreted, unless `bench.gpu` asks for a GPU.
+if os.environ.get("LORAPLEX_TEST_DEVICE") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # There is no time limit per example, because a machine that stalls would exceed it.
 settings.register_profile("untimed", deadline=None)

@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from bench.gpu.check import DeviceName, Result, Row, Section
+from bench.gpu.spoilt import is_spoilt
 
 START, REST = "(start)", "(the rest)"  # in the place of a check's name
 
@@ -81,24 +82,10 @@ def _child(section: Section, device: DeviceName, first: int, pipe: Connection) -
         except Exception as error:
             reason = _reason(error)
         pipe.send((rows, reason))
-        if reason and _is_spoilt(device):
+        if reason and is_spoilt():
             os._exit(1)
     pipe.send(None)
     os._exit(0)  # nothing that a check left behind may delay the end
-
-
-def _is_spoilt(device: DeviceName) -> bool:
-    """Whether nothing works on the GPU any more, as after an illegal access or a failed assertion of a kernel."""
-    if device == "cpu":
-        return False
-    import torch
-
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        return True
-    return False
 
 
 def _reason(error: Exception) -> str:

@@ -10,7 +10,7 @@ from bench.gpu.check import Result, Row
 
 
 def line(result: Result) -> str:
-    reason = f"  {' '.join(result.reason.split())[:600]}" if result.reason else ""
+    reason = f"  {' '.join(result.reason.split())[:3000]}" if result.reason else ""
     return f"{result.status}  {result.section}: {result.check}  [{result.seconds:.1f} s]{reason}"
 
 

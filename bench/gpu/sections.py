@@ -2,12 +2,13 @@
 
 from functools import partial
 
-from bench.gpu import decode, decoders, environment
+from bench.gpu import decode, decoders, environment, suites
 from bench.gpu.check import Section
 
 SECTIONS = (
     Section("environment", "check", 15, environment.checks),
     Section("decoders", "check", 60, decoders.checks),
+    Section("tests", "check", 120, suites.checks),
     Section("decode, bfloat16", "speed", 90, decode.decodes),
     Section("prompts", "speed", 25, decode.prompts),
     *(Section(f"decode, {form}", "speed", 20, partial(decode.other, form)) for form in decode.OTHER),

@@ -13,11 +13,11 @@ from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.models import Model, load_model
 from loraplex_shard.ops.base import Operations
-from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.layout import LinearLayout, count_indices
+from tests.shard.elsewhere import DEVICE, tested_operations
 from tests.shard.families import MAX_MODEL_LEN
 
 WHOLE = Group(0, 1)
@@ -111,9 +111,10 @@ def load(
     max_model_len: int = MAX_MODEL_LEN,
     quantize: Quantize = "none",
 ) -> Model:
-    """A checkpoint's decoder, or one rank's part of it. Without `ops`, it uses the reference operations."""
-    checkpoint, form = open_checkpoint(str(directory)), ParameterForm(dtype, CPU, quantize)
-    return load_model(checkpoint, group, ops or ReferenceOperations(), form, max_model_len)
+    """A checkpoint's decoder, or one rank's part of it. Without `ops`, it uses the operations that are tested, on
+    DEVICE."""
+    checkpoint, form = open_checkpoint(str(directory)), ParameterForm(dtype, CPU if ops else DEVICE, quantize)
+    return load_model(checkpoint, group, ops or tested_operations(), form, max_model_len)
 
 
 def whole_delta(module: str, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:

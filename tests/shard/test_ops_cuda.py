@@ -1,6 +1,6 @@
-"""The CUDA operations compute the same as the reference, here on CPU tensors in Triton's interpreter.
+"""The CUDA operations compute the same as the reference, in Triton's interpreter or, by `bench.gpu`, on a GPU.
 
-It cannot multiply bfloat16, so products are tested in float16 and float32; bfloat16 uses the same kernels.
+The interpreter cannot multiply bfloat16, so products are tested there in float16 and float32; the kernels are the same.
 """
 
 from dataclasses import replace
@@ -27,13 +27,14 @@ from loraplex_shard.shapes.batch import Segment
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 from tests.shard.decoders import Sequences, adapter_for, load, save_checkpoint
+from tests.shard.elsewhere import DEVICE, elsewhere
 from tests.shard.operations import angles, assert_close, cached, filled_cache, paged_batch, random
 from tests.shard.test_lora_vocabulary import BASES, VOCAB, compute, make_adapter
 
 CPU = torch.device("cpu")
 REFERENCE = ReferenceOperations()
-CUDA = CudaOperations(CPU)
-FLOATS = torch.float32, torch.float16
+CUDA = elsewhere(CudaOperations(DEVICE))
+FLOATS = (torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else []))
 few = settings(deadline=None, max_examples=6)
 
 
@@ -180,8 +181,9 @@ def test_attention_with_room_for_more_tiles_computes_those_of_the_lists() -> Non
     qkv = random(0, 13, heads.width)
     exact = make_tiles(batch, heads, torch.float32, CPU)
     roomy = replace(exact, **{name: with_room(getattr(exact, name), 40) for name in ("short", "long", "split")})
-    actual = attention(qkv, heads, batch, replace(roomy, partials=99), layer, None)
-    assert actual.equal(attention(qkv, heads, batch, exact, layer, None))
+    attend = elsewhere(attention)
+    actual = attend(qkv, heads, batch, replace(roomy, partials=99), layer, None)
+    assert actual.equal(attend(qkv, heads, batch, exact, layer, None))
 
 
 def with_room(worklist: Worklist, room: int) -> Worklist:
@@ -300,9 +302,10 @@ def test_a_launch_with_room_for_more_tiles_computes_those_of_the_list() -> None:
     """As a recorded launch does, whose list is written anew for each step."""
     adapter, layout = lora_layer(0, 20)
     x, base = random(0, 40, 1100), random(1, 40, 64)
-    tiles = LoraTiles.of((Segment(3, 38, adapter),), CPU)
+    there = adapter.at(adapter.memory.to(DEVICE))
+    tiles = LoraTiles.of((Segment(3, 38, there),), CPU)
     actual, expected = base.clone(), base.clone()
-    add_lora_delta(actual, x, replace(tiles, tiles=with_room(tiles.tiles, 9), widest=100), layout)
+    elsewhere(add_lora_delta)(actual, x, replace(tiles, tiles=with_room(tiles.tiles, 9), widest=100), layout)
     CUDA.add_lora_delta(expected, x, (Segment(3, 38, adapter),), layout)
     assert actual.equal(expected) and not actual.equal(base)
 

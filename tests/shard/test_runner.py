@@ -20,6 +20,7 @@ from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeight
 from loraplex_shard.stepping.progress import LOGITS_SLICE
 from loraplex_shard.stepping.runner import Runner
 from tests.shard.decoders import load
+from tests.shard.elsewhere import DEVICE
 from tests.shard.planner import (
     BLOCK_SIZE,
     GREEDY,
@@ -32,7 +33,6 @@ from tests.shard.planner import (
     save_llama,
 )
 
-CPU = torch.device("cpu")
 RANDOM = Sampling(temperature=1.5, top_p=0.95, repetition_penalty=1.2, frequency_penalty=0.1, seed=11)
 
 
@@ -55,7 +55,7 @@ def decoder(checkpoint: Path) -> Decoder:
 
 @pytest.fixture
 def adapters(decoder: Decoder, tmp_path: Path) -> AdapterStore:
-    return AdapterStore(decoder.layouts, torch.float32, CPU, BaseModel("LlamaForCausalLM"), [LocalSource(tmp_path)])
+    return AdapterStore(decoder.layouts, torch.float32, DEVICE, BaseModel("LlamaForCausalLM"), [LocalSource(tmp_path)])
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def runner(decoder: Decoder, adapters: AdapterStore) -> Runner:
 def make_runner(decoder: Decoder, adapters: AdapterStore) -> Runner:
     cache = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE)
     grammars = GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=(2,))
-    return Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, CPU, grammars)
+    return Runner(decoder, cache, adapters, Group(0, 1), 8, MAX_MODEL_LEN, DEVICE, grammars)
 
 
 def test_prefill_chunks_and_decodes_in_one_batch_give_the_tokens_of_transformers(
@@ -243,7 +243,8 @@ class Poison:
 
     def adapter_in(self, slot: int) -> AdapterWeights:
         nan = LayerWeights(0, torch.full((1, 36), torch.nan), (Expansion(0, 1, 0, 12, torch.ones(1, 12)),))
-        return in_one_piece({"layers.0.qkv": nan}, layer_count=9)
+        weights = in_one_piece({"layers.0.qkv": nan}, layer_count=9)
+        return weights.at(weights.memory.to(DEVICE))
 
 
 def test_a_sequence_that_is_not_finite_is_the_only_one_that_fails(decoder: Decoder, reference: PreTrainedModel) -> None:
