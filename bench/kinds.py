@@ -63,6 +63,7 @@ def _adapters(decoder: Decoder) -> Iterator[tuple[str, list[AdapterWeights]]]:
         tensors=decoder.tensors,
         vocab_size=decoder.vocab_size,
         served=decoder.served,
+        matrices=decoder.matrices,
         hidden_size=decoder.spec.hidden_size,
     )
     model = load_model("default")

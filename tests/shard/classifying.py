@@ -56,6 +56,7 @@ def open_runner(
         embedding=model.embedding_name,
         head=model.head_name,
         served=model.served,
+        matrices=model.matrices,
         hidden_size=config.hidden_size,
         pad_token_id=config.pad_token_id,
         classifier=classifier,

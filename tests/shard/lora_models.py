@@ -94,6 +94,9 @@ class HeldWeights:
     def __init__(self, model: torch.nn.Module) -> None:
         self.tensors = model.state_dict()
 
+    def has(self, module: str) -> bool:
+        return f"{module}.weight" in self.tensors
+
     def read(self, module: str, rows: slice) -> torch.Tensor:
         return self.tensors[f"{module}.weight"][rows]
 
@@ -110,6 +113,7 @@ BASE = BaseModel(
     tensors=HeldTensors(make_base()),
     vocab_size=VOCAB,
     served=HeldWeights(make_base()),
+    matrices=HeldWeights(make_base()),
     hidden_size=HIDDEN,
     head_dim=HEAD_DIM,
 )

@@ -61,7 +61,7 @@ def train(base: Path, directory: Path, targets: str | list[str], **options: obje
 
 
 def serve(decoder: Decoder, adapter: Path, architecture: str = "any") -> torch.Tensor:
-    base = BaseModel(architecture, tensors=decoder.tensors, served=decoder.served)
+    base = BaseModel(architecture, tensors=decoder.tensors, served=decoder.served, matrices=decoder.matrices)
     found = read_adapter(read(adapter), decoder.layouts, base, torch.float32)
     assert not found.warnings
     return Sequences(decoder).step({"a": TOKENS}, (Segment(0, len(TOKENS), found.weights),))["a"]

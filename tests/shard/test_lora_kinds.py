@@ -144,7 +144,7 @@ def logits_of_peft(base: Path, directory: Path) -> torch.Tensor:
 
 
 def base_of(decoder: Decoder) -> BaseModel:
-    return BaseModel("any", tensors=decoder.tensors, served=decoder.served)
+    return BaseModel("any", tensors=decoder.tensors, served=decoder.served, matrices=decoder.matrices)
 
 
 @pytest.mark.parametrize(("kind", "base", "kernels"), CASES)

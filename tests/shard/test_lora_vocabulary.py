@@ -120,7 +120,9 @@ def logits_of_peft(base: Path, directory: Path, vocab_size: int, tokens: list[in
 
 
 def base_of(decoder: Decoder) -> BaseModel:
-    return BaseModel("any", tensors=decoder.tensors, served=decoder.served, vocab_size=decoder.vocab_size)
+    return BaseModel(
+        "any", tensors=decoder.tensors, served=decoder.served, matrices=decoder.matrices, vocab_size=decoder.vocab_size
+    )
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -1,18 +1,25 @@
 """Guarantees for models that run with transformers' modeling code, besides their results."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPTNeoXConfig, Phi3Config, RwkvConfig
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPTNeoXConfig, Phi3Config, PreTrainedConfig, RwkvConfig
 
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.kernels.library import instruction_set
+from loraplex_shard.lora.peft.base import BaseModel
+from loraplex_shard.lora.peft.reading import read_adapter
+from loraplex_shard.models.transformers.linear import LinearInPlace
 from loraplex_shard.models.transformers.rotary import freeze_rotary
 from loraplex_shard.models.transformers.windows import read_window
+from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.batch import Segment
 from tests.shard.decoders import Sequences, adapter_for, load, load_reference, save_checkpoint
+from tests.shard.lora_models import read
 from tests.shard.operations import cpu_operations
 
 TOKENS = [5, 80, 3, 3, 41, 7, 66, 0, 95]
@@ -49,6 +56,43 @@ def test_the_kernels_compute_the_same_as_the_reference(directory: Path) -> None:
         actual, expected = (driver.step(chunks, (Segment(end - 1, end, adapter),)) for driver in drivers)
         for name in chunks:
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [NEOX, GPT2], ids=lambda config: config.model_type)
+def test_dora_has_the_logits_of_peft_beside_the_base_and_plain_lora(config: PreTrainedConfig, tmp_path: Path) -> None:
+    folder = save_checkpoint(config, tmp_path / "base")
+    model = load(folder)
+    base = BaseModel("", tensors=model.tensors, matrices=model.matrices, embedding=model.embedding_name)
+    expected, segments = {}, []
+    for number, (name, is_dora) in enumerate({"plain": False, "dora": True}.items(), start=1):
+        torch.manual_seed(number)
+        options = {"r": 3, "target_modules": "all-linear", "init_lora_weights": False, "use_dora": is_dora}
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")  # PEFT's about transposed matrices
+            adapted = get_peft_model(load_reference(folder), LoraConfig(task_type="CAUSAL_LM", **options))
+            for parameter_name, parameter in adapted.named_parameters():
+                if "magnitude" in parameter_name:
+                    parameter.mul_(1 + torch.rand_like(parameter))
+            adapted.save_pretrained(tmp_path / name)
+            expected[name] = adapted(torch.tensor([TOKENS])).logits[0]
+        weights = read_adapter(read(tmp_path / name), model.layouts, base, torch.float32).weights
+        segments.append(Segment(number * len(TOKENS), (number + 1) * len(TOKENS), weights))
+    with torch.inference_mode():
+        expected["base"] = load_reference(folder)(torch.tensor([TOKENS])).logits[0]
+    actual = Sequences(model).step({"base": TOKENS, "plain": TOKENS, "dora": TOKENS}, tuple(segments))
+    for name, logits in expected.items():
+        torch.testing.assert_close(actual[name], logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [NEOX, GPT2], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_dora_uses_the_lengths_of_the_matrices_as_they_are_served(
+    config: PreTrainedConfig, quantize: Quantize, tmp_path: Path
+) -> None:
+    model = load(save_checkpoint(config, tmp_path), quantize=quantize)
+    for name, module in model._model.named_modules():
+        if isinstance(module, LinearInPlace):
+            torch.testing.assert_close(model.matrices.read(name, slice(3, 9)), module.layer.weight.matrix[3:9].float())
 
 
 def test_a_model_that_keeps_state_outside_of_transformers_cache_is_refused_by_name(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from loraplex_shard.lora.peft.base import ServedWeights, StoredTensors
+from loraplex_shard.lora.peft.base import ServedMatrices, ServedWeights, StoredTensors
 from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.cache import KVCache
 from loraplex_shard.shapes.layout import LinearLayout
@@ -43,6 +43,10 @@ class Model(Protocol):
     @property
     def served(self) -> ServedWeights | None:
         """The weights as the model computes with them; None if its modules differ from those that PEFT adapts."""
+
+    @property
+    def matrices(self) -> ServedMatrices:
+        """The matrices of linear layers as the model computes with them."""
 
     @property
     def layouts(self) -> tuple[LinearLayout, ...]:

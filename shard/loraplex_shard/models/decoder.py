@@ -16,7 +16,7 @@ from loraplex_shard.layers.linear import ColumnLinear, Linear, RowLinear
 from loraplex_shard.layers.norm import HeadNorm, HiddenNorm, NormLayer, WidthNorm
 from loraplex_shard.layers.own_head import put_own_logits, with_vocabularies
 from loraplex_shard.layers.sinks import Sinks
-from loraplex_shard.lora.peft.base import ServedWeights, StoredTensors
+from loraplex_shard.lora.peft.base import ServedMatrices, ServedWeights, StoredTensors
 from loraplex_shard.models.build import Build
 from loraplex_shard.models.mlp import MixtureOfExperts, Mlp
 from loraplex_shard.models.partition import DecoderPartition
@@ -110,6 +110,7 @@ class Decoder(nn.Module):
 
     tensors: StoredTensors  # what it is loaded from
     served: ServedWeights | None  # its weights as it computes with them
+    matrices: ServedMatrices  # the same
 
     def __init__(
         self,

@@ -55,7 +55,8 @@ def load_decoder(
     with init_empty_weights(include_buffers=False):
         decoder = Decoder(spec, group, ops, tables, form.device, form.dtype, embedding)
     layers = [module for module in decoder.modules() if isinstance(module, LoadableLayer)]
-    decoder.served = ServedWeights(layers, tensors, form, embedding if spec.tied else None, decoder.vocabulary)
+    served = ServedWeights(layers, tensors, form, embedding if spec.tied else None, decoder.vocabulary)
+    decoder.served = decoder.matrices = served
     if spec.tied:
         decoder.lm_head.matrix = ()  # if it has a bias, that is not tied
     for layer in layers:

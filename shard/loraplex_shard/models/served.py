@@ -43,6 +43,9 @@ class ServedWeights:
     def tied(self) -> bool:
         return self._tied is not None
 
+    def has(self, module: str) -> bool:
+        return module in self._layers
+
     def read(self, module: str, rows: slice) -> torch.Tensor:
         """Reads rows of the whole matrix of a linear module or of the embedding: [rows, in_features] float32."""
         if module == self.vocabulary.embedding:

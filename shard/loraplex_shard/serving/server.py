@@ -214,6 +214,7 @@ def _load(
         model.embedding_name,
         model.head_name,
         model.served,
+        model.matrices,
         checkpoint.config.get_text_config(decoder=True).hidden_size,
         checkpoint.config.get_text_config(decoder=True).pad_token_id,
         classifier,

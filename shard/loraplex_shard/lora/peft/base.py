@@ -30,6 +30,18 @@ class StoredTensors(Protocol):
     def is_rounded(self, name: str) -> bool: ...
 
 
+class ServedMatrices(Protocol):
+    """The base's matrices as it computes with them: rounded if it is quantized."""
+
+    def has(self, module: str) -> bool:
+        """Whether this is a linear module that can be read."""
+        ...
+
+    def read(self, module: str, rows: slice) -> torch.Tensor:
+        """Rows of a linear module's whole matrix: [rows, in_features] float32."""
+        ...
+
+
 class ServedWeights(Protocol):
     """The base's weights as it computes with them. Matrices are rounded if the base is quantized."""
 
@@ -71,7 +83,8 @@ class BaseModel:
     tokenizer: Tokenizer | None = None  # None: tokens are not compared
     embedding: str = EMBEDDING  # the module's name in PEFT
     head: str = HEAD
-    served: ServedWeights | None = None  # None: adapters can neither depend on the base's weights nor replace them
+    served: ServedWeights | None = None  # None: adapters can replace no matrices, norms or tokens of the base
+    matrices: ServedMatrices | None = None  # of linear layers; None: adapters cannot depend on them
     hidden_size: int = 0
     pad_token_id: int | None = None
     classifier: Classifier | None = None

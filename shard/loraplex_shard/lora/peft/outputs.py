@@ -3,6 +3,7 @@ magnitudes, and tensors that replace the base's (modules_to_save, bias, base_lay
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -83,11 +84,15 @@ def _zeros(delta: Delta) -> torch.Tensor:
 def _lengths(module: str, delta: Delta, whole: torch.Tensor | None, base: BaseModel) -> torch.Tensor:
     """The lengths of the rows of the base's matrix plus the delta's. The base's matrix is taken as it is served, which
     may be rounded."""
-    if base.served is None:
-        raise AdapterInvalidError(f"{TENSORS}: {name_of_magnitude(module)}: DoRA is not served on this architecture")
+    if whole is not None:
+        read = whole.__getitem__
+    elif base.matrices is not None and base.matrices.has(module):
+        read = partial(base.matrices.read, module)
+    else:
+        raise AdapterInvalidError(f"{TENSORS}: {name_of_magnitude(module)}: DoRA of this kind of layer is not served")
     a, b, lengths = delta.a.float(), delta.b.float() * delta.scale, []
     for start in range(0, len(b), ROWS_AT_A_TIME):
         rows = slice(start, min(start + ROWS_AT_A_TIME, len(b)))
-        matrix = base.served.read(module, rows) if whole is None else whole[rows]
+        matrix = read(rows)
         lengths.append(torch.addmm(matrix, b[rows], a).norm(dim=1))
     return torch.cat(lengths)

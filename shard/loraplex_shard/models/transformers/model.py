@@ -14,6 +14,7 @@ from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.models.transformers.attention import PagedAttention, attended_by
 from loraplex_shard.models.transformers.experts import ExpertsInPlace
 from loraplex_shard.models.transformers.linear import ForwardContext, LinearInPlace, OnRankZeroAlone
+from loraplex_shard.models.transformers.matrices import LinearMatrices
 from loraplex_shard.models.transformers.pass_through_cache import PassThroughCache, cache_argument
 from loraplex_shard.models.transformers.recurrent import RecurrentLayers
 from loraplex_shard.models.transformers.tensors import ModelTensors
@@ -65,6 +66,7 @@ class TransformersModel:
         linear = [module for module in model.modules() if isinstance(module, LinearInPlace) and module.adaptable]
         experts = [module for module in model.modules() if isinstance(module, ExpertsInPlace)]
         of_experts = [layout for module in experts for layout in module.layouts]
+        self.matrices = LinearMatrices(linear, tensors, form)
         self.uncalled = self._recurrent.uncalled
         self.layouts: tuple[LinearLayout, ...] = (*(module.layout for module in linear), *of_experts)
         self._given: torch.Tensor | None = None
