@@ -10,7 +10,7 @@ from loraplex_protos.mtls import MtlsSettings
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantize = Literal["auto", "none", "int8", "int4"]
+Quantize = Literal["auto", "none", "int8", "int4", "fp8"]
 HeldDtype = Literal["auto", "int8"]
 
 
@@ -41,8 +41,9 @@ class ModelSettings(BaseModel):
     quantize: Quantize = Field(
         "auto",
         description="Format of the model's matrices. auto: the checkpoint's integers (GPTQ, AWQ, ...) are kept, others "
-        "use the dtype. int8, int4: rounded while loading, or kept if the checkpoint already has them; embedding and "
-        "head stay at int8. none: all use the dtype.",
+        "use the dtype. int8, int4, fp8: rounded while loading, or kept if the checkpoint already has them; "
+        "embedding and head stay at int8 or, with fp8, use the dtype. fp8 is for GPUs of compute capability 8.9 or "
+        "above. none: all use the dtype.",
     )
     kv_dtype: HeldDtype = Field(
         "auto",

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import HeadNorms, Norm
 from loraplex_shard.ops.cuda.operations import CudaOperations
-from loraplex_shard.ops.quantized import quantize
+from loraplex_shard.ops.quantized import quantize, to_float8
 from loraplex_shard.shapes.batch import Segment
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
@@ -91,6 +91,10 @@ def linears(dtype: torch.dtype) -> None:
             CUDA.linear(random(2, tokens, WIDTH, dtype=dtype), packed, weight)
 
 
+def float8(dtype: torch.dtype) -> None:
+    CUDA.linear(random(2, 3, WIDTH, dtype=dtype), CUDA.pack(to_float8(random(1, WIDTH, WIDTH))))
+
+
 def experts(dtype: torch.dtype) -> None:
     matrices = [CUDA.pack(random(expert, WIDTH, WIDTH, dtype=dtype)) for expert in range(2)]
     weight = CUDA.stack(matrices, [None, None])
@@ -124,6 +128,8 @@ if __name__ == "__main__":
     for capability in map(int, sys.argv[1:]):
         driver.set_active(AbsentGpu(capability))
         linears(half)
+        if capability >= 89:
+            float8(half)
         experts(half)
         adapters(half, half)
         adapters(half, torch.int8)

@@ -72,6 +72,25 @@ def test_int8_requantizes_it(saved: Saved) -> None:
     torch.testing.assert_close(rounded.matrix, exact.matrix, rtol=0, atol=float(exact.matrix.abs().max()) / 127)
 
 
+def test_fp8_keeps_float8_with_scales_of_rows_and_rounds_the_rest(saved: Saved) -> None:
+    exact, ours = (load(saved[0], quantize=form).layers[0].mlp.gate_up.weight for form in ("none", "fp8"))
+    assert ours.float8
+    torch.testing.assert_close(ours.matrix, exact.matrix, rtol=2**-4, atol=float(exact.matrix.abs().max()) * 2**-17)
+
+
+@pytest.mark.parametrize("form", [name for name in FORMATS if "float8" in name or "by row" in name])
+def test_fp8_computes_with_the_stored_float8(form: str, tmp_path: Path) -> None:
+    directory, weights = save_stored(*FORMATS[form], tmp_path)
+    decoder = load(directory, quantize="fp8")
+    mlp = decoder.layers[0].mlp
+    assert torch.equal(mlp.down.weight.matrix, weights[DOWN]) and mlp.down.weight.float8
+    fused = torch.cat([weights[DOWN.replace("down", name)] for name in ("gate", "up")])
+    assert torch.equal(mlp.gate_up.weight.matrix, fused)
+    assert not decoder.lm_head.weight.float8 and not decoder.embedding.weight.float8
+    half = load(directory, group=Group(1, 2), quantize="fp8").layers[0].mlp.down.weight
+    assert half.float8 and torch.equal(half.matrix, weights[DOWN][:, weights[DOWN].shape[1] // 2 :])
+
+
 def test_the_ranks_of_a_group_hold_its_parts(saved: Saved) -> None:
     whole = load(saved[0], quantize="none").layers[0]
     ranks = [load(saved[0], group=Group(rank, 2), quantize="none").layers[0] for rank in range(2)]

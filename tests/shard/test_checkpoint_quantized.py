@@ -131,8 +131,10 @@ def test_auto_does_not_quantize_other_checkpoints(tmp_path: Path) -> None:
     quantized, _ = save_quantized(METHODS["AWQ, 64"], tmp_path / "quantized")
     plain = save_checkpoint(llama(), tmp_path / "plain")
     settings = {str(quantized): "auto", str(plain): "none", "": "none"}
-    assert {path: machine.pick_quantize("auto", open_checkpoint(path)) for path in settings} == settings
-    assert machine.pick_quantize("int4", open_checkpoint(str(plain))) == "int4"
+    assert {
+        path: machine.pick_quantize("auto", open_checkpoint(path), torch.device("cpu")) for path in settings
+    } == settings
+    assert machine.pick_quantize("int4", open_checkpoint(str(plain)), torch.device("cpu")) == "int4"
 
 
 def edit(fields: dict[str, Any], **changes: Any) -> dict[str, Any]:

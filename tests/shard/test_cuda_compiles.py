@@ -30,6 +30,7 @@ KERNELS = {
     "_linear",
     "_rotate_and_write",
     "_round",
+    "_round_to_float8",
     "_shrink",
 }
 
@@ -60,7 +61,11 @@ def test_all_kernels_compile_and_use_the_gpu_well(
     result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     compiled = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {(each["capability"], each["kernel"]) for each in compiled} == set(product(capabilities, KERNELS))
+    assert {(each["capability"], each["kernel"]) for each in compiled} == {
+        (capability, kernel)
+        for capability, kernel in product(capabilities, KERNELS)
+        if capability >= 89 or kernel != "_round_to_float8"
+    }
     for each in compiled:
         assert each["shared"] <= SHARED_MEMORY and each["spilled"] <= SPILLED, each
         if each["kernel"] in ("_shrink", "_expand"):

@@ -45,6 +45,20 @@ def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         machine.pick_device("auto", 0)
 
 
+def test_float8_is_refused_where_the_device_does_not_multiply_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    checkpoint = open_checkpoint(str(save_checkpoint(config, tmp_path)))
+    with pytest.raises(SettingsError, match=r"quantize: fp8 is for GPUs .* 8\.9 or above; set it to int8"):
+        machine.pick_quantize("fp8", checkpoint, CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(SettingsError, match="quantize: fp8"):
+        machine.pick_quantize("fp8", checkpoint, CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert machine.pick_quantize("fp8", checkpoint, CUDA) == "fp8"
+
+
 def test_the_device_determines_the_operations() -> None:
     assert isinstance(choose_operations(CUDA, torch.float16, None), CudaOperations)
     assert isinstance(choose_operations(CPU, torch.float16, None), ReferenceOperations)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
+from triton.runtime import interpreter
 
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import Activation, HeadNorms, Norm
@@ -20,7 +22,7 @@ from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.cuda.tiles import make_tiles
 from loraplex_shard.ops.cuda.worklists import Worklist
-from loraplex_shard.ops.quantized import quantize
+from loraplex_shard.ops.quantized import FLOAT8, quantize, to_float8
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.batch import Segment
@@ -84,6 +86,43 @@ def test_a_quantized_linear_layer_of_any_shape(
     bias = random(seed + 2, features[1], dtype=dtype) if seed % 2 else None
     actual, expected = CUDA.linear(x, CUDA.pack(matrix), bias), REFERENCE.linear(x, REFERENCE.pack(matrix), bias)
     assert_close(actual, expected, factor=2)
+
+
+@pytest.fixture
+def rounding_to_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter makes 4 of 7.9: it loses what is carried to the exponent."""
+    original = interpreter._convert_float
+
+    def convert(numbers: NDArray[Any], given: Any, wanted: Any, mode: Any) -> NDArray[Any]:
+        if not wanted.is_fp8e4nv():
+            return original(numbers, given, wanted, mode)
+        return torch.from_numpy(numbers).to(FLOAT8).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.mark.usefixtures("rounding_to_float8")
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 16, 32), (17, 48, 5008)])
+def test_a_linear_layer_in_float8(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+    """Its result has the precision of bfloat16, whatever the dtype is."""
+    x, bias = random(0, tokens, columns, dtype=dtype), random(2, rows, dtype=dtype)
+    x[0] = 0
+    matrix = to_float8(random(1, rows, columns))
+    for each in (None, bias):
+        actual, expected = CUDA.linear(x, CUDA.pack(matrix), each), REFERENCE.linear(x, REFERENCE.pack(matrix), each)
+        assert actual.dtype == dtype
+        assert_close(actual.bfloat16(), expected.bfloat16())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.usefixtures("rounding_to_float8")
+def test_a_token_that_is_not_finite_does_not_hurt_its_neighbours_in_float8() -> None:
+    x, weight = random(0, 3, 32), CUDA.pack(to_float8(random(1, 16, 32)))
+    expected = CUDA.linear(x, weight)
+    x[0, 3], x[2, 4] = torch.nan, torch.inf
+    actual = CUDA.linear(x, weight)
+    assert actual[1].equal(expected[1]) and actual.isfinite().all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.ops.quantized import Quantized
 from loraplex_shard.shapes.classifier import Classifier
 
 
@@ -100,10 +100,8 @@ class Checkpoint(Protocol):
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
         """Reads a part of a tensor, and only that part, from the file. `columns` is for matrices only."""
 
-    def read_quantized(
-        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
-    ) -> QuantizedMatrix | None:
-        """Reads a part of a matrix in the integers in which it is stored. Returns None if it is not stored in a form of
+    def read_quantized(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Quantized | None:
+        """Reads a part of a matrix in the numbers in which it is stored. Returns None if it is not stored in a form of
         ops/quantized.py."""
 
     def tokenizer(self) -> TokenizerFiles: ...

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from loraplex_shard.ops.base import Operations, Weight
-from loraplex_shard.ops.quantized import QuantizedMatrix, joined, quantize
+from loraplex_shard.ops.quantized import Form, Quantized, fits_float8, joined, rounded
 from loraplex_shard.settings import Quantize
 
-BITS: dict[Quantize, int] = {"int8": 8, "int4": 4}
 FLOAT = 16  # bits of a matrix that is never rounded
 
 
@@ -44,7 +43,7 @@ class TensorSlice:
         own = own.T if self.transposed else own
         return own[self.rows] if own.dim() == 1 else own[self.rows, self.columns]
 
-    def read_quantized(self, reader: "TensorReader") -> QuantizedMatrix | None:
+    def read_quantized(self, reader: "TensorReader") -> Quantized | None:
         if self.expert is None:
             return reader.read_quantized(self.tensor, self.rows, self.columns)
         own = reader.read_quantized(self.tensor, slice(self.expert, self.expert + 1))
@@ -70,7 +69,7 @@ class TensorReader(Protocol):
 
     def read(self, name: str, rows: slice = ..., columns: slice = ...) -> torch.Tensor: ...
 
-    def read_quantized(self, name: str, rows: slice = ..., columns: slice = ...) -> QuantizedMatrix | None:
+    def read_quantized(self, name: str, rows: slice = ..., columns: slice = ...) -> Quantized | None:
         """For a tensor of experts, `rows` is a single expert, and its matrix [out_features, in_features] is
         returned."""
 
@@ -111,7 +110,7 @@ class LoadableLayer(nn.Module):
     def declare_matrix(self, shape: tuple[int, int], *slices: TensorSlice, least_bits: int = 4) -> None:
         """Registers the matrix that becomes `weight`. Its rows come from `slices`.
 
-        If the model is quantized, this matrix is quantized to at least `least_bits`.
+        If the model is quantized to fewer bits than `least_bits`, this matrix has int8 for int4, and else floats.
         """
         self.matrix_shape = shape
         self.matrix = slices
@@ -150,43 +149,41 @@ class LoadableLayer(nn.Module):
 
     def as_served(self, reader: TensorReader, form: ParameterForm, tensor_slice: TensorSlice) -> torch.Tensor:
         """Returns a slice of one of the matrix's tensors as the layer computes with it in this form, in float32."""
-        stored = self._stored_integers(reader, form.quantize, (tensor_slice,))
+        stored = self._stored(reader, form, (tensor_slice,))
         if stored is not None:
             return stored.dequantized()
-        matrix = tensor_slice.read(reader)
-        if self._is_rounded(form):
-            return quantize(matrix.float(), self._bits(form.quantize)).dequantized()
-        return matrix.to(form.dtype).float()
+        matrix, wanted = tensor_slice.read(reader), self._wanted(form)
+        return matrix.to(form.dtype).float() if wanted is None else rounded(matrix.float(), wanted).dequantized()
 
     def _load_matrix(self, reader: TensorReader, form: ParameterForm) -> Iterator[str]:
-        stored = self._stored_integers(reader, form.quantize, self.matrix)
+        stored = self._stored(reader, form, self.matrix)
         if stored is not None:
             self.weight = self.ops.pack(stored)
             yield from (tensor_slice.tensor for tensor_slice in self.matrix)
             return
-        rounded = self._is_rounded(form)
-        data = torch.empty(self.matrix_shape, dtype=torch.float32 if rounded else form.dtype, device=form.device)
+        wanted = self._wanted(form)
+        data = torch.empty(self.matrix_shape, dtype=torch.float32 if wanted else form.dtype, device=form.device)
         yield from _fill(data, reader, self.matrix)
-        self.weight = self.ops.pack(quantize(data, self._bits(form.quantize)) if rounded else data)
+        self.weight = self.ops.pack(rounded(data, wanted) if wanted else data)
 
-    def _stored_integers(
-        self, reader: TensorReader, wanted: Quantize, slices: tuple[TensorSlice, ...]
-    ) -> QuantizedMatrix | None:
-        """The matrix in the checkpoint's integers, if all of it is stored in the same form, and that is the wanted
-        one."""
-        if wanted == "none":
+    def _stored(self, reader: TensorReader, form: ParameterForm, slices: tuple[TensorSlice, ...]) -> Quantized | None:
+        """The matrix in the checkpoint's numbers, if all of it is stored in the same form, and that is the wanted
+        one. Where nothing is wanted, float8 is not kept."""
+        if form.quantize == "none":
             return None
         parts = [tensor_slice.read_quantized(reader) for tensor_slice in slices]
         stored = [part for part in parts if part is not None]
-        if len(stored) < len(parts) or len({(part.bits, part.group) for part in stored}) > 1:
+        whole = joined(stored) if len(stored) == len(parts) else None
+        kept = ("int8", "int4") if form.quantize == "auto" else (self._wanted(form),)
+        return whole if whole is not None and whole.form in kept else None
+
+    def _wanted(self, form: ParameterForm) -> Form | None:
+        """The form that the matrix is rounded to, if any."""
+        if form.quantize == "auto" or form.quantize == "none" or self.least_bits == FLOAT:
             return None
-        return joined(stored) if wanted == "auto" or stored[0].bits == self._bits(wanted) else None
-
-    def _is_rounded(self, form: ParameterForm) -> bool:
-        return form.quantize in BITS and self.least_bits < FLOAT
-
-    def _bits(self, wanted: Quantize) -> int:
-        return max(BITS[wanted], self.least_bits)
+        if form.quantize == "fp8":
+            return "fp8" if self.least_bits < 8 and fits_float8(self.matrix_shape) else None
+        return "int8" if self.least_bits == 8 else form.quantize
 
 
 def _fill(data: torch.Tensor, reader: TensorReader, slices: tuple[TensorSlice, ...]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from loraplex_shard.layers.norm import NormLayer
 from loraplex_shard.layers.parameters import LoadableLayer, ParameterForm
 from loraplex_shard.models.text_part import TextPart
 from loraplex_shard.ops.base import Weight
-from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.ops.quantized import Quantized
 from loraplex_shard.shapes.layout import VocabularyLayout
 
 Tensors = Checkpoint | TextPart
@@ -91,7 +91,5 @@ class _Overlaid:
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
         return self._own[name][rows] if name in self._own else self._tensors.read(name, rows, columns)
 
-    def read_quantized(
-        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
-    ) -> QuantizedMatrix | None:
+    def read_quantized(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Quantized | None:
         return None

@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loraplex_shard.checkpoint.base import Checkpoint
-from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.ops.quantized import Quantized
 from loraplex_shard.shapes.names import current_name
 
 
@@ -29,9 +29,7 @@ class TextPart:
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
         return self._checkpoint.read(self._stored[name], rows, columns)
 
-    def read_quantized(
-        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
-    ) -> QuantizedMatrix | None:
+    def read_quantized(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Quantized | None:
         return self._checkpoint.read_quantized(self._stored[name], rows, columns)
 
     def is_rounded(self, name: str) -> bool:

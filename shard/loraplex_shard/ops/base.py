@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.ops.quantized import Quantized
 from loraplex_shard.shapes.batch import Batch, Segment
 from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
@@ -83,7 +83,7 @@ class Operations(Protocol):
     positions_first: bool
     """The form of the KV cache: whether a position's heads lie side by side in memory (see LayerCache)."""
 
-    def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> Weight:
+    def pack(self, matrix: torch.Tensor | Quantized) -> Weight:
         """Packs a matrix [out_features, in_features] for `linear` and `embedding`."""
         ...
 
@@ -107,8 +107,8 @@ class Operations(Protocol):
     def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tokens, in_features] -> [tokens, out_features], summed in float32.
 
-        If the weight is quantized, x is rounded to 8 bits in groups of the weight's group size, each with its own
-        scale.
+        If the weight is quantized, x is rounded: to float8 with a scale per token if the weight is float8, else to 8
+        bits in groups of the weight's group size, each with its own scale.
         """
         ...
 

@@ -1,11 +1,18 @@
-"""Matrices of small integers with a scale per group of columns. Every quantized checkpoint is read into this form."""
+"""Matrices of small integers with a scale per group of columns, and of float8 numbers with a scale per row. Every
+quantized checkpoint is read into these forms."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 GROUPS = (32, 64)  # the group sizes that the operations support
+FLOAT8 = torch.float8_e4m3fn
+MOST_FLOAT8 = torch.finfo(FLOAT8).max
+ALIGNED = 16  # torch multiplies float8 matrices whose rows and columns are multiples of this
+
+Form = Literal["int8", "int4", "fp8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,10 @@ class QuantizedMatrix:
 
     def __post_init__(self) -> None:
         assert self.group in GROUPS and (self.bits == 4) == (self.offsets is not None)
+
+    @property
+    def form(self) -> Form:
+        return "int8" if self.bits == 8 else "int4"
 
     def part(self, rows: slice, columns: slice) -> "QuantizedMatrix | None":
         """Returns a part of the matrix, or None if the part would cut a group."""
@@ -46,6 +57,45 @@ class QuantizedMatrix:
         return products if offsets is None else products + offsets
 
 
+@dataclass(frozen=True, slots=True)
+class Float8Matrix:
+    """w = scale * value, with a scale per row."""
+
+    values: torch.Tensor  # [rows, columns] FLOAT8
+    scales: torch.Tensor  # [rows] float32
+
+    @property
+    def form(self) -> Form:
+        return "fp8"
+
+    def part(self, rows: slice, columns: slice) -> "Float8Matrix":
+        return Float8Matrix(self.values[rows, columns], self.scales[rows])
+
+    def dequantized(self) -> torch.Tensor:
+        """[rows, columns] float32."""
+        return self.values.float() * self.scales[:, None]
+
+
+Quantized = QuantizedMatrix | Float8Matrix
+
+
+def rounded(matrix: torch.Tensor, form: Form) -> Quantized:
+    """Rounds a float matrix."""
+    return to_float8(matrix) if form == "fp8" else quantize(matrix, 8 if form == "int8" else 4)
+
+
+def to_float8(matrix: torch.Tensor) -> Float8Matrix:
+    """Rounds a float matrix to the nearest float8 numbers. The largest one of each row becomes MOST_FLOAT8."""
+    wide = matrix.float()
+    peaks = wide.abs().amax(1)
+    factors = peaks.new_tensor(MOST_FLOAT8) / peaks.where(peaks > 0, 1)  # see to_integers
+    return Float8Matrix((wide * factors[:, None]).to(FLOAT8), peaks / MOST_FLOAT8)
+
+
+def fits_float8(shape: tuple[int, int]) -> bool:
+    return shape[0] % ALIGNED == shape[1] % ALIGNED == 0
+
+
 def quantize(matrix: torch.Tensor, bits: int) -> QuantizedMatrix:
     """Rounds a float matrix to the nearest integers: 8 bits symmetric in groups of 64, 4 bits asymmetric in groups of
     32.
@@ -66,10 +116,20 @@ def quantize(matrix: torch.Tensor, bits: int) -> QuantizedMatrix:
     return QuantizedMatrix(4, group, values.view(rows, -1)[:, :columns], scales, offsets)
 
 
-def joined(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-    """Returns the rows of several matrices of the same kind, one after the other."""
+def joined(parts: Sequence[Quantized]) -> Quantized | None:
+    """Returns the rows of several matrices, one after the other; None if they do not have the same form."""
+    floats = [part for part in parts if isinstance(part, Float8Matrix)]
+    if len(floats) == len(parts):
+        values, scales = zip(*((part.values, part.scales) for part in floats), strict=True)
+        return Float8Matrix(torch.cat([each.view(torch.uint8) for each in values]).view(FLOAT8), torch.cat(scales))
+    integers = [part for part in parts if isinstance(part, QuantizedMatrix)]
+    if floats or len({(part.bits, part.group) for part in integers}) > 1:
+        return None
+    return _joined(integers)
+
+
+def _joined(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     first = parts[0]
-    assert all((part.bits, part.group) == (first.bits, first.group) for part in parts)
     offsets = [part.offsets for part in parts if part.offsets is not None]
     return QuantizedMatrix(
         first.bits,
@@ -94,6 +154,11 @@ def rounded_to_int8(x: torch.Tensor, group: int) -> torch.Tensor:
     peaks = groups.abs().amax(-1, keepdim=True)
     rounded = (groups * to_integers(peaks)).round_() * (peaks / 127)
     return rounded.view(padded.shape)[:, : x.shape[1]]
+
+
+def rounded_to_float8(x: torch.Tensor) -> torch.Tensor:
+    """Returns x [tokens, n] as the operations round it before a product in float8: each token with its own scale."""
+    return to_float8(x).dequantized()
 
 
 def _half(scales: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 be read."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Segments
 from loraplex_shard.ops.experts import ExpertOperations
 from loraplex_shard.ops.own_weights import norm_runs, put_own_embeddings, put_own_norms
-from loraplex_shard.ops.quantized import QuantizedMatrix, rounded_to_int8, to_integers
+from loraplex_shard.ops.quantized import Quantized, QuantizedMatrix, rounded_to_float8, rounded_to_int8, to_integers
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
@@ -34,17 +34,18 @@ FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 @dataclass(frozen=True, slots=True)
 class ReferenceWeight:
     matrix: torch.Tensor
-    group: int | None  # for a quantized matrix: activations are rounded in groups of this size
+    group: int | None = None  # for a matrix of integers: activations are rounded to int8 in groups of this size
+    float8: bool = False  # activations are rounded to float8
 
     @property
     def nbytes(self) -> int:
         return self.matrix.nbytes
 
     def part(self, rows: slice) -> "ReferenceWeight":
-        return ReferenceWeight(self.matrix[rows], self.group)
+        return replace(self, matrix=self.matrix[rows])
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ReferenceWeight":
-        return ReferenceWeight(function(self.matrix), self.group)
+        return replace(self, matrix=function(self.matrix))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,12 @@ class ReferenceOperations(ExpertOperations):
 
     positions_first = False  # either form would do
 
-    def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> ReferenceWeight:
+    def pack(self, matrix: torch.Tensor | Quantized) -> ReferenceWeight:
+        if isinstance(matrix, torch.Tensor):
+            return ReferenceWeight(matrix)
         if isinstance(matrix, QuantizedMatrix):
             return ReferenceWeight(matrix.dequantized(), matrix.group)
-        return ReferenceWeight(matrix, None)
+        return ReferenceWeight(matrix.dequantized(), float8=True)
 
     def prepare(self, batch: Batch) -> ReferenceStep:
         return ReferenceStep(batch)
@@ -79,9 +82,10 @@ class ReferenceOperations(ExpertOperations):
         return out
 
     def linear(self, x: torch.Tensor, weight: ReferenceWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if weight.group is None:
+        if weight.group is None and not weight.float8:
             return F.linear(x, weight.matrix, bias)
-        out = F.linear(rounded_to_int8(x, weight.group), weight.matrix).to(x.dtype)
+        rounded = rounded_to_float8(x) if weight.group is None else rounded_to_int8(x, weight.group)
+        out = F.linear(rounded, weight.matrix).to(x.dtype)
         return out if bias is None else out.add_(bias)
 
     def add_lora_delta(

@@ -29,6 +29,7 @@ CGROUP_FILES = (
 )
 CPU = torch.device("cpu")
 OLDEST_GPU = 8, 0  # compute capability: Ampere, the first with bfloat16
+FLOAT8_GPU = 8, 9  # Ada and Hopper, the first that multiply float8
 
 
 def pick_device(device: Device, rank: int) -> torch.device:
@@ -72,8 +73,12 @@ def pick_dtype(dtype: Dtype, config: PreTrainedConfig, device: torch.device) -> 
     return torch.float32 if stored == torch.float32 else torch.bfloat16
 
 
-def pick_quantize(quantize: Quantize, checkpoint: Checkpoint) -> Quantize:
-    """What becomes of the matrices; auto stays auto where the checkpoint is quantized, and else is none."""
+def pick_quantize(quantize: Quantize, checkpoint: Checkpoint, device: torch.device) -> Quantize:
+    """What becomes of the matrices; auto stays auto where the checkpoint is quantized, and else is none. Raises
+    SettingsError if the device does not compute in the wanted form."""
+    if quantize == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_GPU):
+        needed = ".".join(map(str, FLOAT8_GPU))
+        raise SettingsError(f"quantize: fp8 is for GPUs of compute capability {needed} or above; set it to int8 here")
     return "none" if quantize == "auto" and not checkpoint.prequantized else quantize
 
 
@@ -101,7 +106,7 @@ def check_room_for(
 ) -> None:
     """Raises SettingsError if a rank's weights cannot fit into free memory: the kernel would kill the process.
     What is compared is the least that they can take."""
-    bits = {"int8": 8, "int4": 4}.get(quantize, 4 if checkpoint.prequantized else 8 * dtype.itemsize)
+    bits = {"int8": 8, "fp8": 8, "int4": 4}.get(quantize, 4 if checkpoint.prequantized else 8 * dtype.itemsize)
     weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
     needed = weights * bits // 8 // tp
     free = _free_memory(device)

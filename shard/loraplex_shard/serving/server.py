@@ -185,7 +185,7 @@ def _load(
     dtype = machine.pick_dtype(settings.dtype, checkpoint.config, device)
     max_model_len = machine.longest_context(settings, checkpoint.config)
     ops = choose_operations(device, dtype, kernels)
-    quantize = machine.pick_quantize(settings.quantize, checkpoint)
+    quantize = machine.pick_quantize(settings.quantize, checkpoint, device)
     machine.check_room_for(checkpoint, dtype, quantize, settings.tp, device)
     form = ParameterForm(dtype, device, quantize)
     model = load_model(checkpoint, group, ops, form, max_model_len, progress)

@@ -1,4 +1,4 @@
-"""Matrices of float8 or float4 with scales. Most are read as floats, since the operations do not support them."""
+"""Matrices of float8 or float4 with scales. Those that the operations do not support are read as floats."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +9,8 @@ from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.checkpoint.quantized.integers import groups
 from loraplex_shard.checkpoint.quantized.stored import Floats, StoredMatrix, as_slice
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
-from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.ops.quantized import FLOAT8 as E4M3
+from loraplex_shard.ops.quantized import Float8Matrix, QuantizedMatrix
 
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 # The suffixes of a float8 tensor's scales. Weights are multiplied by both, although one is called an inverse.
@@ -119,17 +120,38 @@ class Mxfp4Part:
         return whole.part(slice(None), self.columns)
 
 
+@dataclass(frozen=True, slots=True)
+class Float8Part:
+    weights: torch.Tensor  # [rows, columns] float8, or [experts, rows, columns]
+    scales: torch.Tensor  # float32: like the weights, or with a single column that is for all of theirs
+
+    def dequantized(self) -> torch.Tensor:
+        return self.weights.float().mul_(self.scales)
+
+    def quantized(self) -> Float8Matrix | None:
+        """For a matrix, or for that of a single expert."""
+        if (
+            self.weights.dtype != E4M3
+            or self.scales.shape[-1] > 1
+            or len(self.weights.shape[:-2]) * len(self.weights) > 1
+        ):
+            return None
+        rows = self.weights.shape[-2]
+        return Float8Matrix(self.weights.view(rows, -1), self.scales.reshape(rows))
+
+
 def _read_float8(
     files: SafetensorsFiles, name: str, scale: str, block: tuple[int, int], rows: range, columns: range
-) -> Floats:
-    weights = files.read(name, as_slice(rows), as_slice(columns)).float()
+) -> Float8Part:
+    weights = files.read(name, as_slice(rows), as_slice(columns))
     scales = _factors(files, scale)
     if weights.ndim > 2:  # the part is of experts and rows; each expert has its own scales
-        across = torch.arange(weights.shape[-1])
         scales = scales.view(-1, *_as_matrix(files.shape(scale)))[as_slice(rows)]
-        return Floats(weights.mul_(scales[:, torch.tensor(columns) // block[0]][:, :, across // block[1]]))
-    scales = scales.view(_as_matrix(files.shape(scale)))
-    return Floats(weights.mul_(scales[torch.tensor(rows) // block[0]][:, torch.tensor(columns) // block[1]]))
+        rows, columns = columns, range(weights.shape[-1])
+    else:
+        scales = scales.view(_as_matrix(files.shape(scale)))
+    down, across = torch.tensor(rows) // block[0], torch.tensor(columns) // block[1]
+    return Float8Part(weights, scales[..., down, :][..., across[:1] if across[0] == across[-1] else across])
 
 
 def _read_float4(

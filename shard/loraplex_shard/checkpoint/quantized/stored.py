@@ -9,7 +9,7 @@ import torch
 
 from loraplex_shard.checkpoint.base import CheckpointError
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
-from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.ops.quantized import Quantized
 
 WEIGHTS_AT_A_TIME = 1 << 23
 FLOATS = frozenset({"F16", "BF16", "F32"})
@@ -21,7 +21,7 @@ class Part(Protocol):
     def dequantized(self) -> torch.Tensor:
         """Returns [rows, columns] in a float dtype."""
 
-    def quantized(self) -> QuantizedMatrix | None:
+    def quantized(self) -> Quantized | None:
         """Returns the part in the form that the operations compute with, or None if it does not have that form."""
 
 

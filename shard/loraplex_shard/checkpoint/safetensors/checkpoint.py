@@ -18,7 +18,7 @@ from loraplex_shard.checkpoint.quantized.stored import StoredMatrix
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles, read_json
 from loraplex_shard.checkpoint.tokenizer_files import read_tokenizer
 from loraplex_shard.checkpoint.values import checked
-from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.ops.quantized import Float8Matrix, Quantized
 from loraplex_shard.sampling.defaults import sampling_defaults
 from loraplex_shard.shapes.classifier import Classifier
 
@@ -90,14 +90,14 @@ class SafetensorsCheckpoint:
         with errors_of(self.model_id):
             return checked(part, name)
 
-    def read_quantized(
-        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
-    ) -> QuantizedMatrix | None:
+    def read_quantized(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Quantized | None:
         matrix = self._matrices.get(name)
         part = None if matrix is None else matrix.read(rows, columns).quantized()
         if part is not None:
             with errors_of(self.model_id):
                 checked(part.scales, name)
+                if isinstance(part, Float8Matrix):
+                    checked(part.values.float(), name)
         return part
 
     def tokenizer(self) -> TokenizerFiles:

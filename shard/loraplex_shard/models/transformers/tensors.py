@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraplex_shard.checkpoint.base import Checkpoint, CheckpointError
 from loraplex_shard.models.text_part import TextModel
-from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.ops.quantized import Quantized
 
 
 class ModelTensors:
@@ -63,9 +63,7 @@ class ModelTensors:
     def is_rounded(self, name: str) -> bool:
         return name in self._stored and self._checkpoint.is_rounded(self._stored[name])
 
-    def read_quantized(
-        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
-    ) -> QuantizedMatrix | None:
+    def read_quantized(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Quantized | None:
         stored = self._stored.get(name)
         if stored is None or name in self._transposed:
             return None

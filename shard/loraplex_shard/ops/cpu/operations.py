@@ -18,7 +18,7 @@ from loraplex_shard.ops.cpu.kernel_calls import address_of
 from loraplex_shard.ops.cpu.program import Program
 from loraplex_shard.ops.cpu.step import SEGMENTS, CpuSegments, CpuStep
 from loraplex_shard.ops.cpu.weights import CpuWeight, IntegerWeight, pack
-from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.ops.quantized import Quantized
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
@@ -36,7 +36,7 @@ class CpuOperations(CpuExpertOperations):
         super().__init__(kernels)
         self._programs: WeakKeyDictionary[KVCache, dict[tuple[int, bool], Program]] = WeakKeyDictionary()
 
-    def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> CpuWeight:
+    def pack(self, matrix: torch.Tensor | Quantized) -> CpuWeight:
         return pack(self._kernels, matrix)
 
     def prepare(self, batch: Batch) -> CpuStep:

@@ -7,7 +7,7 @@ import torch
 
 from loraplex_shard.kernels.library import KINDS, Kernels
 from loraplex_shard.kernels.tables import row
-from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.ops.quantized import Float8Matrix, Quantized, QuantizedMatrix
 
 PANEL = 16  # rows in a panel of a weight, and positions in a block of the cache
 
@@ -80,8 +80,9 @@ def _panels(panels: torch.Tensor, rows: slice) -> torch.Tensor:
     return panels[rows.start // PANEL : -(-rows.stop // PANEL)]
 
 
-def pack(kernels: Kernels, matrix: torch.Tensor | QuantizedMatrix) -> CpuWeight:
+def pack(kernels: Kernels, matrix: torch.Tensor | Quantized) -> CpuWeight:
     """Packs a matrix [out_features, in_features] into panels."""
+    assert not isinstance(matrix, Float8Matrix), "float8 is for GPUs"
     if isinstance(matrix, QuantizedMatrix):
         return _pack_integers(kernels, matrix)
     rows, columns = matrix.shape

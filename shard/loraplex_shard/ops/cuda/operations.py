@@ -15,13 +15,14 @@ from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Routing
 from loraplex_shard.ops.cuda import elementwise, quantized
 from loraplex_shard.ops.cuda.attention import attention
 from loraplex_shard.ops.cuda.experts import FloatExperts
+from loraplex_shard.ops.cuda.float8 import Float8Weight, linear_float8
 from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
 from loraplex_shard.ops.cuda.quantized import IntegerWeight
 from loraplex_shard.ops.cuda.rotary import rotate_and_write
 from loraplex_shard.ops.cuda.tiles import Tiles, make_tiles
 from loraplex_shard.ops.experts import ExpertOperations
 from loraplex_shard.ops.own_weights import norm_runs, part_of, put_own_embeddings, put_own_norms
-from loraplex_shard.ops.quantized import QuantizedMatrix
+from loraplex_shard.ops.quantized import Quantized, QuantizedMatrix
 from loraplex_shard.shapes.batch import Batch
 from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
@@ -43,7 +44,7 @@ class FloatWeight:
         return FloatWeight(function(self.matrix))
 
 
-CudaWeight = FloatWeight | IntegerWeight
+CudaWeight = FloatWeight | IntegerWeight | Float8Weight
 
 
 def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -68,10 +69,14 @@ class CudaOperations(ExpertOperations):
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
-    def pack(self, matrix: torch.Tensor | QuantizedMatrix) -> CudaWeight:
-        if isinstance(matrix, QuantizedMatrix):
-            return quantized.pack(matrix, self._device)
-        return FloatWeight(matrix)
+    def pack(self, matrix: torch.Tensor | Quantized) -> CudaWeight:
+        match matrix:
+            case torch.Tensor():
+                return FloatWeight(matrix)
+            case QuantizedMatrix():
+                return quantized.pack(matrix, self._device)
+            case _:
+                return Float8Weight(matrix.values.to(self._device), matrix.scales.to(self._device))
 
     def prepare(self, batch: Batch) -> CudaStep:
         return CudaStep(batch, LoraTiles.of(batch.segments, self._device))
@@ -82,6 +87,7 @@ class CudaOperations(ExpertOperations):
         return compute()
 
     def embedding(self, step: CudaStep, weight: CudaWeight, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+        assert not isinstance(weight, Float8Weight), "embeddings are not rounded to float8"
         ids = step.batch.token_ids
         own = any(segment.adapter.own.embedding for segment in step.batch.segments)
         if own:
@@ -95,6 +101,8 @@ class CudaOperations(ExpertOperations):
     def linear(self, x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(weight, IntegerWeight):
             return quantized.linear(x, weight, bias)
+        if isinstance(weight, Float8Weight):
+            return linear_float8(x, weight, bias)
         return F.linear(x, weight.matrix, bias)
 
     def add_lora_delta(
