@@ -171,6 +171,36 @@ def test_an_error_of_the_device_ends_the_stream_as_one_of_the_plan_does(
     plans.plans.put(None)
 
 
+def test_an_error_of_the_device_is_reported_while_the_next_plan_hangs_or_nobody_reads(
+    steps: StepThread, recorder: Recorder, failed_step: threading.Event
+) -> None:
+    recorder.pending = {0: (lost := Computing(0, error=RuntimeError("the device is lost")))}
+    plans = Plans(plan(0))
+    results = steps.run(iter(plans))
+    with ThreadPoolExecutor(1) as answering:
+        answer = answering.submit(next, results)
+        assert plans.read.wait(TIMEOUT)
+        steps.warmup(1)  # comes after plan 0 has begun
+        recorder.may_go_on.clear()
+        plans.plans.put(plan(1))
+        lost.done.set()
+        assert failed_step.wait(TIMEOUT)
+        recorder.may_go_on.set()
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            answer.result(TIMEOUT)
+    plans.plans.put(None)
+
+    failed_step.clear()
+    recorder.pending = {1: (lost := Computing(1, error=RuntimeError("the device is lost")))}
+    lost.done.set()
+    plans = Plans(plan(0), plan(1))
+    plans.plans.put(None)
+    results = steps.run(iter(plans))
+    next(results)
+    results.close()
+    assert failed_step.is_set()
+
+
 def test_a_closed_stream_has_been_computed(steps: StepThread, recorder: Recorder) -> None:
     recorder.pending = {1: (last := Computing(1))}
     plans = Plans(plan(0), plan(1))

@@ -48,7 +48,7 @@ class StepThread:
     """Runs all of a runner's work, one item after another.
 
     It is always the same thread, since OpenMP keeps a team of threads per calling thread. on_failed_step is called
-    there after a plan has raised an error.
+    after a plan has raised an error, on whichever thread notices it.
     """
 
     def __init__(self, runner: Runner, device: torch.device, on_failed_step: Callable[[], None]) -> None:
@@ -88,7 +88,7 @@ class StepThread:
         except GeneratorExit:
             for future in iter(steps.get, None):
                 with suppress(Exception):
-                    future.result().pending.wait()
+                    self._finish(future.result(), ended)
             raise
 
     def _finish(self, step: BegunStep, last_ended: float) -> Step:
@@ -97,7 +97,8 @@ class StepThread:
             ended = step.pending.wait()
             response = step.pending.response()
         except Exception:
-            self._thread.submit(self._fail).result()
+            self._on_failed_step()  # before all else: the thread may hang in the next plan
+            self._thread.submit(self._forget).result()
             raise
         began = max(step.began, last_ended)
         self._longest = max(self._longest, ended - began)
@@ -116,10 +117,9 @@ class StepThread:
         self._stream = stream
         self._runner.clear()
 
-    def _fail(self) -> None:
+    def _forget(self) -> None:
         """Later plans of the stream do not run."""
         self._stream = None
-        self._on_failed_step()
 
     def _step(self, stream: object, number: int, plan: StepRequest) -> BegunStep:
         if stream is not self._stream:
@@ -129,5 +129,6 @@ class StepThread:
             assert plan.step == number, f"plan {plan.step} came as plan {number} of its stream"
             return BegunStep(plan, self._runner.begin(plan), began)
         except Exception:
-            self._fail()
+            self._forget()
+            self._on_failed_step()
             raise
