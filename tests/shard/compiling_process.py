@@ -87,7 +87,7 @@ def linears(dtype: torch.dtype) -> None:
     CUDA.activate(x, "silu", gated=True)
     for bits in 8, 4:
         packed = CUDA.pack(quantize(random(1, WIDTH, WIDTH), bits))
-        for tokens in TOKENS:
+        for tokens in (*TOKENS, 40):
             CUDA.linear(random(2, tokens, WIDTH, dtype=dtype), packed, weight)
 
 

@@ -25,6 +25,7 @@ KERNELS = {
     "_add_norm",
     "_attention",
     "_combine",
+    "_dequantize",
     "_expand",
     "_expert_linear",
     "_linear",

@@ -17,6 +17,7 @@ from triton.runtime import interpreter
 
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import Activation, HeadNorms, Norm
+from loraplex_shard.ops.cuda import quantized
 from loraplex_shard.ops.cuda.attention import attention
 from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
 from loraplex_shard.ops.cuda.operations import CudaOperations
@@ -72,7 +73,7 @@ def test_large_logits_in_float16_are_finite(ops: CudaOperations | ReferenceOpera
 
 @few
 @given(
-    tokens=st.sampled_from([1, 16, 17]),
+    tokens=st.sampled_from([1, 16, 17, 65]),
     features=st.tuples(st.integers(1, 140), st.integers(1, 70)),
     bits=st.sampled_from([8, 4]),
     dtype=st.sampled_from(FLOATS),
@@ -86,6 +87,13 @@ def test_a_quantized_linear_layer_of_any_shape(
     bias = random(seed + 2, features[1], dtype=dtype) if seed % 2 else None
     actual, expected = CUDA.linear(x, CUDA.pack(matrix), bias), REFERENCE.linear(x, REFERENCE.pack(matrix), bias)
     assert_close(actual, expected, factor=2)
+
+
+def test_a_large_quantized_layer_becomes_floats_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, matrix = random(0, 65, 128), quantize(random(1, 100, 128), 4)
+    expected = CUDA.linear(x, CUDA.pack(matrix))
+    monkeypatch.setattr(quantized, "AT_ONCE", 128 * 40)
+    assert_close(CUDA.linear(x, CUDA.pack(matrix)), expected)
 
 
 @pytest.fixture

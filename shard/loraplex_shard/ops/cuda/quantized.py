@@ -1,7 +1,8 @@
 """Linear layers in integers: weights of 8 or 4 bits, and inputs rounded to 8 bits, in groups that share a scale.
 
 The products of a group are summed in integers on tensor cores, then scaled and added to a sum in float32. torch's own
-integer products support one scale per row, not one per group.
+integer products support one scale per row, not one per group. For many tokens, scaling so many sums would take longer
+than the products: the rounded inputs and the weights become floats again, and cuBLAS multiplies them.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import triton.language as tl
 from loraplex_shard.ops.quantized import QuantizedMatrix
 
 ROWS = 32  # rows of the weight per program
-FEW, MANY = 16, 64  # tokens per program: FEW if there are no more than FEW, else MANY
+FEW, MANY = 16, 64  # tokens per program: FEW if there are no more than FEW, else MANY; for more, cuBLAS multiplies
+AT_ONCE = 1 << 27  # weights that are floats at the same time
 GROUPS = 8  # groups that one program rounds
 
 
@@ -69,6 +71,8 @@ def pack(matrix: QuantizedMatrix, device: torch.device) -> IntegerWeight:
 def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """Implements Operations.linear."""
     tokens, (groups, rows) = len(x), weight.scales.shape
+    if tokens > MANY:
+        return _linear_of_floats(x, weight, bias)
     values = x.new_empty((tokens, groups * weight.group), dtype=torch.int8)
     scales, sums = (x.new_empty((tokens, groups), dtype=torch.float32) for _ in range(2))
     _round[(tokens, triton.cdiv(groups, GROUPS))](
@@ -97,6 +101,39 @@ def linear(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None) ->
     return out
 
 
+def _linear_of_floats(x: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    groups, rows = weight.scales.shape
+    rounded = torch.empty_like(x)
+    _round[(len(x), triton.cdiv(groups, GROUPS))](
+        x, rounded, None, None, groups, N=weight.columns, GROUP=weight.group, GROUPS=GROUPS
+    )
+    step = max(ROWS, AT_ONCE // weight.columns // ROWS * ROWS)
+    parts = [
+        F.linear(rounded, _floats(weight.part(slice(first, first + step)), x.dtype)) for first in range(0, rows, step)
+    ]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return out if bias is None else out.add_(bias)
+
+
+def _floats(weight: IntegerWeight, dtype: torch.dtype) -> torch.Tensor:
+    groups, rows = weight.scales.shape
+    out = torch.empty((rows, weight.columns), dtype=dtype, device=weight.values.device)
+    packed = 1 if weight.offsets is None else 2
+    _dequantize[(triton.cdiv(rows, ROWS), groups // packed)](
+        weight.values,
+        weight.scales,
+        weight.offsets,
+        out,
+        rows,
+        weight.values.stride(0),
+        weight.scales.stride(0),
+        N=weight.columns,
+        GROUP=weight.group,
+        ROWS=ROWS,
+    )
+    return out
+
+
 @triton.jit
 def nearest(x):
     """Rounds floats below 2^22 to the nearest integers, halves to even: from 2^23 on, every float is an integer."""
@@ -105,7 +142,7 @@ def nearest(x):
 
 @triton.jit
 def _round(x, values, scales, sums, groups, N: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """Stores each group's integers, their scale, and their sum times the scale."""
+    """Stores each group's integers, their scale, and their sum times the scale; or, without scales, their numbers."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -114,9 +151,44 @@ def _round(x, values, scales, sums, groups, N: tl.constexpr, GROUP: tl.constexpr
     scale = peak / 127
     rounded = nearest(inputs * (127 / tl.where(peak > 0, peak, 1.0))[:, None])
     real = group < groups
-    tl.store(values + token * groups * GROUP + column, rounded.to(tl.int8), real[:, None])
-    tl.store(scales + token * groups + group, scale, real)
-    tl.store(sums + token * groups + group, scale * tl.sum(rounded, 1), real)
+    if scales is None:
+        numbers = (rounded * scale[:, None]).to(x.dtype.element_ty)
+        tl.store(values + token * N + column, numbers, real[:, None] & (column < N))
+    else:
+        tl.store(values + token * groups * GROUP + column, rounded.to(tl.int8), real[:, None])
+        tl.store(scales + token * groups + group, scale, real)
+        tl.store(sums + token * groups + group, scale * tl.sum(rounded, 1), real)
+
+
+@triton.jit
+def _dequantize(
+    values,
+    scales,
+    offsets,
+    out,
+    rows,
+    row_bytes,
+    scale_stride,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    PACKED: tl.constexpr = 1 if offsets is None else 2  # groups that share their bytes
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, GROUP)
+    wanted = row < rows
+    place = row.to(tl.int64)[:, None] * row_bytes + tl.program_id(1) * GROUP + column[None, :]
+    packed = tl.load(values + place, wanted[:, None], 0)
+    for half in tl.static_range(PACKED):
+        group = tl.program_id(1) * PACKED + half
+        weights = packed if PACKED == 1 else packed >> 4 * half & 15
+        scale = tl.load(scales + group * scale_stride + row, wanted, 0.0).to(tl.float32)
+        numbers = weights.to(tl.float32) * scale[:, None]
+        if offsets is not None:
+            numbers += tl.load(offsets + group * scale_stride + row, wanted, 0.0).to(tl.float32)[:, None]
+        to = group * GROUP + column[None, :]
+        within = wanted[:, None] & (to < N)
+        tl.store(out + row.to(tl.int64)[:, None] * N + to, numbers.to(out.dtype.element_ty), within)
 
 
 @triton.jit(do_not_specialize=["tokens"])
