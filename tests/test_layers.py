@@ -87,7 +87,8 @@ FLOORS = {
     ),
     "loraplex_shard": (
         {"kernels", "settings"},
-        {"device", "observation", "sampling"},
+        {"device", "observation"},
+        {"sampling"},
         {"shapes"},
         {"ops"},
         {"checkpoint"},

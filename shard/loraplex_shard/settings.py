@@ -130,7 +130,8 @@ class GroupSettings(ModelSettings, MtlsSettings):
     )
     rendezvous: str = Field(
         "",
-        description="Where the ranks meet, as a torch.distributed URL: tcp://HOST:PORT of rank 0 "
+        pattern=r"^(tcp://\S+:\d{1,5}|file:///\S+)?$",
+        description="Where the ranks meet: tcp://HOST:PORT of rank 0 "
         "or file:///PATH. Required if they are not all started by one command.",
     )
 

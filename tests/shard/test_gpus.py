@@ -1,6 +1,7 @@
 """What ranks find out about their GPUs, and how a process ends whose GPU or group is lost; there is no GPU here."""
 
 import os
+from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from loraplex_shard.device import gpus, troubles
+from loraplex_shard.device.parallel import Group
+from loraplex_shard.device.troubles import GroupLostError
 from loraplex_shard.ops.cuda import trial
 from loraplex_shard.settings import SettingsError
 
@@ -24,6 +27,12 @@ def test_ranks_with_the_same_gpu_are_refused_by_name(monkeypatch: pytest.MonkeyP
     others[:] = "uuid-a 1 node-1", "uuid-b 1 node-1"
     with pytest.raises(SettingsError, match=r"tp: ranks 1 and 2 have the same GPU uuid-b on .*, where torch finds 1: "):
         gpus.check_own(CUDA, 3)
+
+
+def test_ranks_that_do_not_meet_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(GroupLostError, match=r"rendezvous: rank 1 of 2 does not reach the others at file://.*: "):
+        Group.connect(1, 2, f"file://{tmp_path}/file/x", torch.device("cpu"), None)
 
 
 def test_a_gpu_is_lost_once_it_cannot_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

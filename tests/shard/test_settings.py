@@ -46,6 +46,8 @@ def test_a_shard_has_all_settings_of_the_model() -> None:
         ("dtype", "int3"),
         ("listen", "localhost"),
         ("listen", "unix:"),
+        ("rendezvous", "10.0.0.1:29500"),
+        ("rendezvous", "tcp://10.0.0.1"),
         ("adapters", "/no/such/directory"),
         ("colour", "red"),
     ],

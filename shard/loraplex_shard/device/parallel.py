@@ -3,7 +3,8 @@
 Knows nothing of layers: a layer asks for its slice and for its one collective.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
@@ -16,6 +17,7 @@ from loraplex_protos.errors import LoraplexError
 from loraplex_shard.device import gpus
 from loraplex_shard.device.lifeline import LifeLine
 from loraplex_shard.device.shared_memory import SharedMemory
+from loraplex_shard.device.troubles import GroupLostError
 from loraplex_shard.kernels.library import KINDS, Kernels
 
 # After which NCCL ends the process: a collective waits for other ranks' kernels to be compiled at most. Ranks that end
@@ -63,21 +65,23 @@ class Group:
         through_host: bool = False,
     ) -> Self:
         """Joins the group; returns when all ranks have. `rendezvous_url` is one that torch.distributed knows. Raises
-        SettingsError if two ranks have the same GPU.
+        SettingsError if two ranks have the same GPU, and GroupLostError if the ranks do not reach each other.
 
         kernels: those of the CPU (kernels/library.py), if there are any. through_host: GPUs exchange tensors over gloo,
         slowly, and ranks may have the same one.
         """
         if size == 1:
             return cls(rank, size)
-        dist.init_process_group("gloo", init_method=rendezvous_url, rank=rank, world_size=size)
+        with _named(f"rendezvous: rank {rank} of {size} does not reach the others at {rendezvous_url}"):
+            dist.init_process_group("gloo", init_method=rendezvous_url, rank=rank, world_size=size)
         shared, nccl = None, None
         if device.type == "cpu":
             shared = SharedMemory.connect(rank, size, kernels)
         elif not through_host:
             gpus.check_own(device, size)
             # With its device, it connects now, so that a broken link shows before the model is read.
-            nccl = dist.new_group(backend="nccl", timeout=timedelta(seconds=NCCL_SECONDS), device_id=device)
+            with _named(f"rank {rank} of {size}: NCCL does not connect the GPUs (NCCL_DEBUG=INFO says more)"):
+                nccl = dist.new_group(backend="nccl", timeout=timedelta(seconds=NCCL_SECONDS), device_id=device)
         return cls(rank, size, shared, LifeLine.connect(rank, size, rendezvous_url), nccl)
 
     def all_reduce_(self, tensor: torch.Tensor) -> None:
@@ -140,6 +144,15 @@ class Group:
     def _carrier(self, tensor: torch.Tensor) -> dist.ProcessGroup | None:
         """The process group that the tensor goes through; None: the default one."""
         return self._nccl if tensor.is_cuda else None
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Errors of torch.distributed as a GroupLostError, with their first line, which is not part of a trace."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
+        raise GroupLostError(f"{what}: {str(error).partition(chr(10))[0]}") from error
 
 
 @dataclass(frozen=True, slots=True)
