@@ -28,10 +28,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_router.engine.scheduler": {
         "loraplex_router.engine.blocks",
         "loraplex_router.engine.fairness",
+        "loraplex_router.engine.kv_shares",
         "loraplex_router.engine.pool",
         "loraplex_router.vocabulary",
     },
     "loraplex_router.engine.fairness": {"loraplex_router.vocabulary"},
+    "loraplex_router.engine.kv_shares": {"loraplex_router.vocabulary"},
     "loraplex_router.engine.suspects": {"loraplex_router.vocabulary"},
     "loraplex_router.engine.replay": {"loraplex_router.vocabulary", "loraplex_protos"},
     "loraplex_router.replicas.placement": {"loraplex_router.vocabulary"},

@@ -231,6 +231,7 @@ def test_a_key_file_is_yaml_or_json(tmp_path: Path) -> None:
         ("tenants: {acme: {keys: [SECRET]}}", "tenants.acme.keys.0: "),
         (YAML.replace("max_requests", "max_request"), "tenants.acme.max_request: "),
         (YAML.replace("60000", "0"), "tenants.acme.tokens_per_minute: "),
+        (YAML.replace("tokens_per_minute: 60000", "kv_share: 1.5"), "tenants.acme.kv_share: "),
         (YAML.replace(hashed(ADMIN_KEY), hashed(OLD_KEY)), "a key is listed twice"),
         ("tenants:\n  acme: [SECRET", "neither YAML nor JSON in line "),
         (f"{YAML}\n  operator:\n    keys: [SECRET]", "has a name twice in what begins in line "),

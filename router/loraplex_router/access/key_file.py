@@ -8,6 +8,7 @@ tenants:
     max_adapters: 4
     requests_per_minute: 600
     tokens_per_minute: 60000
+    kv_share: 0.5
   operator:
     keys: [...]
     admin: true

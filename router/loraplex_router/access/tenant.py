@@ -28,6 +28,7 @@ class Allowance(BaseModel):
     requests_per_minute: Count | None = None
     tokens_per_minute: Count | None = None  # of prompts and answers
     weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0  # of its share where others wait, too
+    kv_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of a replica's KV blocks, while others want them
     admin: bool = False  # may load and unload adapters, and cancel others' requests
 
 
@@ -69,7 +70,7 @@ class Tenant:
 
     def update(self, allowance: Allowance) -> None:
         """Changes what the tenant may do. Its current usage stays counted."""
-        self.admin, self.weight = allowance.admin, allowance.weight
+        self.admin, self.weight, self.kv_share = allowance.admin, allowance.weight, allowance.kv_share
         self.max_requests, self.max_adapters = allowance.max_requests, allowance.max_adapters
         rates = {"requests": allowance.requests_per_minute, "tokens": allowance.tokens_per_minute}
         self.rates = {kind: rate for kind, rate in rates.items() if rate}

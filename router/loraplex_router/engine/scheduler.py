@@ -7,7 +7,7 @@ is preempted: it gives up its blocks and is recomputed later.
 
 New sequences: fairness.py decides whose turn it is, among tenants and their adapters. If all rows or blocks are taken,
 someone with much more than the newcomer yields a place. An adapter may start sequences when it is on the device and
-entitled.
+entitled. kv_shares.py says which tenants hold more blocks than they may while others want them.
 
 Slots: the adapters whose oldest sequence has waited longest are entitled, as many as have slots and fit into the
 device's memory together; but an adapter on the device
@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 from loraplex_router.engine.blocks import BlockAllocator, branch_key, next_key, root_key
 from loraplex_router.engine.fairness import Shares
+from loraplex_router.engine.kv_shares import KvShares
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.sequence import Chunk, Payer, Plan, Sequence
@@ -68,6 +69,7 @@ class Scheduler:
         self._adapters = adapters
         self._waiting: dict[Adapter, dict[Payer, deque[Sequence]]] = {}
         self._shares = Shares()
+        self._kv_shares = KvShares(blocks.num_blocks)
         self._running: list[Sequence] = []  # oldest first
         self._num_background = 0  # sequences, running or waiting
         self._free_rows = list(range(limits.max_sequences - 1, -1, -1))
@@ -238,6 +240,8 @@ class Scheduler:
         work = [(sequence, sequence.remaining) for sequence in running]
         decodes = [item for item in work if item[1] == 1]
         prefills = [item for item in work if item[1] > 1]
+        if self._kv_shares:  # others get blocks first
+            decodes.sort(key=lambda item: self._kv_shares.exceeded(item[0]))
         for sequence, remaining in decodes:
             if budget and sequence.row is not None:  # still, or an older one has just taken its blocks
                 budget -= self._extend(sequence, remaining, budget, chunks)
@@ -300,9 +304,10 @@ class Scheduler:
         while missing := self._count_blocks(stop) - len(sequence.blocks):
             if (new_blocks := self._blocks.allocate(missing)) is not None:
                 sequence.blocks += new_blocks
+                self._kv_shares.hold(sequence, new_blocks)
                 break
             others = (running for running in self._running if running not in chunks)
-            youngest = max(others, key=attrgetter("background", "number"))
+            youngest = max(others, key=self._preempted_first)
             self.num_preemptions += 1
             self._preempt(youngest)
             if youngest is sequence:
@@ -318,6 +323,10 @@ class Scheduler:
         sequence.in_flight += samples
         self._cache_full_blocks(sequence)  # for others with the same prompt, even in this step
         return length
+
+    def _preempted_first(self, running: Sequence) -> tuple[bool, bool, int]:
+        """The sort key: higher is preempted first, if blocks run out."""
+        return running.background, self._kv_shares.exceeded(running), running.number
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes a running sequence's row and blocks; it will be recomputed from its tokens. It must have no chunk in
@@ -336,10 +345,17 @@ class Scheduler:
         heads = [head for head in heads if not head.in_flight]  # preempted, and its last sample not known yet
         return min(heads, key=self._turn, default=None)
 
-    def _turn(self, head: Sequence) -> tuple[bool, float, int, int]:
+    def _turn(self, head: Sequence) -> tuple[bool, bool, float, int, int]:
         """The sort key: lower goes first."""
         share = self._shares.of(head)
-        return head.background, share.served, share.running[head.adapter], head.number
+        return head.background, self._exceeds_share(head), share.served, share.running[head.adapter], head.number
+
+    def _exceeds_share(self, head: Sequence) -> bool:
+        """Whether its tenant would hold more blocks than its share if it ran."""
+        if not self._kv_shares or head.kv_share >= 1:
+            return False
+        hit = self._find_prefix(head)
+        return self._kv_shares.exceeded_by(head, hit, self._count_blocks(len(head.tokens)) - len(hit))
 
     def _has_room(self, head: Sequence) -> bool:
         return bool(self._free_rows) and self._fits(head)
@@ -360,13 +376,22 @@ class Scheduler:
             return False
         head = self._next_to_start()
         while head and not self._find_room(head):
-            if head.background or not (richest := self._shares.gives_way(head)):
+            if head.background or self._exceeds_share(head) or (yielding := self._yields_to(head)) is None:
                 return False
-            payer, adapter = richest
-            theirs = (s for s in reversed(self._running) if s.payer == payer and adapter in (None, s.adapter))
             self.num_yields += 1
-            self._preempt(next(theirs))
+            self._preempt(yielding)
         return head is not None
+
+    def _yields_to(self, head: Sequence) -> Sequence | None:
+        """Whose place the head gets: of a tenant with more blocks than its share, or of somebody with more places."""
+        youngest = self._running[::-1]
+        lacks_blocks = bool(self._free_rows)
+        if lacks_blocks and (exceeding := next((s for s in youngest if self._kv_shares.exceeded(s)), None)):
+            return exceeding
+        if richest := self._shares.gives_way(head):
+            payer, adapter = richest
+            return next(s for s in youngest if s.payer == payer and adapter in (None, s.adapter))
+        return None
 
     def _served(self, sequence: Sequence) -> float:
         return self._shares.of(sequence).served
@@ -393,6 +418,7 @@ class Scheduler:
         sequence.attempts += 1
         sequence.blocks = self._find_prefix(sequence)
         self._blocks.hold(sequence.blocks)
+        self._kv_shares.start(sequence)
         sequence.cached_blocks = len(sequence.blocks)
         sequence.computed = len(sequence.blocks) * self._limits.block_size
         if not sequence.output_length:
@@ -408,6 +434,7 @@ class Scheduler:
         self._running.remove(sequence)
         self._free_rows.append(sequence.row)
         self._blocks.release(sequence.blocks)
+        self._kv_shares.stop(sequence)
         self._shares.stop_running(sequence)
         sequence.row, sequence.blocks = None, []
         sequence.cached_blocks = sequence.sent_blocks = 0

@@ -63,6 +63,7 @@ def make_sequence(
         bad_words=tuple(map(tuple, bad_words)),
         tenant=tenant.name,
         weight=tenant.weight,
+        kv_share=tenant.kv_share,
         background=request.background,
         cache_salt=request.cache_salt,
         # After a complete match of a grammar, only an end token can follow, so it is postponed, not ignored.

@@ -73,6 +73,7 @@ class Sequence:
     bad_words: tuple[tuple[int, ...], ...] = ()  # runs of tokens that are not generated, likewise
     tenant: str = ""  # its tenant and the tenant's weight: see fairness.py
     weight: float = 1.0
+    kv_share: float = 1.0  # of the blocks, that its tenant may hold while others want them: see kv_shares.py
     background: bool = False  # it is computed while nothing else is
     cache_salt: str = ""  # it shares cached prefixes with sequences that have the same salt
     traceparent: str = ""  # the trace context of its spans on the shards, if it is traced
