@@ -40,8 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_router.wire.pulse": {"loraplex_protos"},
     # The shard's lowest floor.
     "loraplex_shard.device.memory": set(),
-    "loraplex_shard.sampling.draws": set(),
-    "loraplex_shard.sampling.stages": {"loraplex_protos"},
+    "loraplex_shard.sampling.draws": {"loraplex_shard.device.copies"},
+    "loraplex_shard.sampling.stages": {"loraplex_protos", "loraplex_shard.device.copies"},
     "loraplex_shard.sampling.sampler": {"loraplex_shard.sampling.draws", "loraplex_shard.sampling.stages"},
     "loraplex_shard.shapes.layout": set(),
     "loraplex_shard.shapes.adapter": {
