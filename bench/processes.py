@@ -36,11 +36,15 @@ class Loraplex:
         self.process.wait()
         self._log.close()
 
+    def log(self) -> str:
+        """What the process has printed."""
+        self._log.seek(0)
+        return self._log.read()
+
     def addresses(self) -> dict[str, str]:
         """HOST:PORT of "grpc" and "http"; empty until the process is ready. Raises LoadError with its log if it has
         ended."""
-        self._log.seek(0)
-        log = self._log.read()
+        log = self.log()
         if self.process.poll() is not None:
             raise LoadError(f"loraplex {self._command} ended: {log}")
         found = {kind: match[1] for kind, pattern in PATTERNS.items() if (match := re.search(pattern, log))}

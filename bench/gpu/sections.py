@@ -2,14 +2,20 @@
 
 from functools import partial
 
-from bench.gpu import decode, decoders, environment, suites
+from bench.gpu import decode, decoders, environment, kernels, large, profile, races, served, suites
 from bench.gpu.check import Section
 
 SECTIONS = (
-    Section("environment", "check", 15, environment.checks),
-    Section("decoders", "check", 60, decoders.checks),
-    Section("tests", "check", 120, suites.checks),
-    Section("decode, bfloat16", "speed", 90, decode.decodes),
+    Section("environment", "check", 20, environment.checks),
+    Section("decoders", "check", 45, decoders.checks),
+    Section("races", "check", 25, races.checks),
+    Section("large memory", "check", 10, large.checks),
+    Section("tests", "check", 100, suites.checks),
+    Section("decode, bfloat16", "speed", 80, decode.decodes),
     Section("prompts", "speed", 25, decode.prompts),
-    *(Section(f"decode, {form}", "speed", 20, partial(decode.other, form)) for form in decode.OTHER),
+    *(Section(f"decode, {form}", "speed", 15, partial(decode.other, form)) for form in decode.OTHER),
+    Section("kernels", "speed", 40, kernels.checks),
+    Section("served", "speed", 70, served.checks),
+    Section("steps", "profile", 25, profile.steps),
+    Section("kernels of steps", "profile", 25, profile.kernels),
 )

@@ -1,0 +1,101 @@
+"""Where a decode step's time goes, by torch's profiler."""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+from bench.engine.stepping import Stepper
+from bench.gpu.check import Check, DeviceName, Row
+from bench.gpu.checkpoints import many_adapters
+from bench.gpu.decode import Load, make_stepper
+
+LOADS: dict[DeviceName, tuple[Load, ...]] = {
+    "cuda": (*(Load(batch, 1024) for batch in (1, 32, 256)), Load(1, 1024, 1), Load(32, 1024, 32), Load(128, 1024, 32)),
+    "cpu": (Load(1, 20),),
+}
+STEPS = 5
+TOP = 12  # kernels
+LAUNCH, COPY, WAIT = "Launch", "emcpyAsync", "Synchronize"  # in the names of CUDA's functions
+
+
+def steps(device: DeviceName) -> Iterator[Check]:
+    for load in LOADS[device]:
+        yield Check(str(load), partial(_breakdown, device, load))
+
+
+def kernels(device: DeviceName) -> Iterator[Check]:
+    for load in LOADS[device]:
+        yield Check(str(load), partial(_kernels, device, load))
+
+
+def _breakdown(device: DeviceName, load: Load) -> Row:
+    """Of one step: calls of the host, and how much of the time the GPU computes."""
+    events = _profiled(device, load)
+    calls = Counter(kind for event in events for kind in (LAUNCH, COPY, WAIT) if _is_call(event, kind))
+    ran = sorted((event.time_range.start, event.time_range.end) for event in events if _is_on_gpu(event))
+    busy, gap = sum(end - start for start, end in ran), 0.0
+    last = 0.0
+    for (_, end), (start, _) in pairwise(ran):
+        last = max(last, end)
+        gap = max(gap, start - last)
+    whole = (max(end for _, end in ran) - ran[0][0]) if ran else 0.0
+    return {
+        "step": str(load),
+        "launches": calls[LAUNCH] / STEPS,
+        "copies": calls[COPY] / STEPS,
+        "waits": calls[WAIT] / STEPS,
+        "ms": whole / STEPS / 1e3,
+        "GPU busy, ms": busy / STEPS / 1e3,
+        "GPU busy, %": 100 * busy / whole if whole else 0.0,
+        "longest gap, us": gap,
+    }
+
+
+def _kernels(device: DeviceName, load: Load) -> list[Row]:
+    spent, launches = Counter[str](), Counter[str]()
+    for event in _profiled(device, load):
+        if _is_on_gpu(event) or device == "cpu":
+            spent[event.name[:70]] += event.time_range.elapsed_us()
+            launches[event.name[:70]] += 1
+    whole = sum(spent.values())
+    return [
+        {
+            "step": str(load),
+            "us": us / STEPS,
+            "%": 100 * us / whole,
+            "launches": launches[name] / STEPS,
+            "kernel": name,
+        }
+        for name, us in spent.most_common(TOP)
+    ]
+
+
+def _profiled(device: DeviceName, load: Load) -> list[Any]:
+    stepper: Stepper = make_stepper(device)
+    layouts, dtype = stepper.decoder.layouts, stepper.decoder.dtype
+    stepper.start(load.batch, load.context, many_adapters(layouts, load.lora_rank, load.adapters, dtype, device))
+    for _ in range(3 if device == "cuda" else 1):
+        stepper.decode()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(STEPS if device == "cuda" else 1):
+            stepper.decode()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    stepper.start(1, 1)  # forgets the adapters
+    return list(profiler.events() or ())
+
+
+def _is_on_gpu(event: Any) -> bool:
+    return bool(event.device_type == DeviceType.CUDA)
+
+
+def _is_call(event: Any, kind: str) -> bool:
+    """Whether the host called a function of CUDA of this kind."""
+    return not _is_on_gpu(event) and event.name.startswith("cu") and kind in event.name
