@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from bench.gpu import decode, decoders, environment, kernels, large, profile, races, served, suites
+from bench.gpu import decode, decoders, environment, kernels, large, profile, races, ranks, served, suites
 from bench.gpu.check import Section
 
 SECTIONS = (
@@ -10,6 +10,7 @@ SECTIONS = (
     Section("decoders", "check", 45, decoders.checks),
     Section("races", "check", 25, races.checks),
     Section("large memory", "check", 10, large.checks),
+    Section("ranks", "check", 20, ranks.checks),
     Section("tests", "check", 100, suites.checks),
     Section("decode, bfloat16", "speed", 80, decode.decodes),
     Section("prompts", "speed", 25, decode.prompts),
