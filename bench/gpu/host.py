@@ -22,6 +22,7 @@ from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.models.loading import load_decoder
+from loraplex_shard.ops.cuda.graphs import Record
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.shapes.adapter import AdapterWeights
 
@@ -34,22 +35,30 @@ ROUNDS = 15
 
 
 def host_table(batches: Sequence[int], adapters: Sequence[int], rounds: int) -> Table:
-    """Microseconds of a decode step: of a layer, and of all that is in no layer; and launches of Triton's kernels."""
+    """Microseconds of a decode step: of a layer, and of all that is in no layer; launches of Triton's kernels; and
+    microseconds of a step whose forward pass is one graph."""
     stub = StubDriver(CAPABILITY)
     stub.install()
     models = [_stepper(layers, max(batches)) for layers in LAYERS]
-    table = Table("batch", "adapters", "us per layer", "us per step besides", "launches per layer", "besides")
+    recorded = _stepper(LAYERS[0], max(batches), _record)
+    columns = "us per layer", "us per step besides", "launches per layer", "besides", "us per step with a graph"
+    table = Table("batch", "adapters", *columns)
     for batch in batches:
         for count in (count for count in adapters if count <= batch):
             few, many = (_decode(model, _adapters(model, count), batch, rounds, stub) for model in models)
             layer, launches = ((b - a) / (LAYERS[1] - LAYERS[0]) for a, b in zip(few, many, strict=True))
             rest = few[0] - LAYERS[0] * layer, few[1] - LAYERS[0] * launches
-            figures = f"{layer:.0f}", f"{rest[0]:.0f}", f"{launches:.0f}", f"{rest[1]:.0f}"
+            graph = _decode(recorded, _adapters(recorded, count), batch, rounds, stub)[0]
+            figures = f"{layer:.0f}", f"{rest[0]:.0f}", f"{launches:.0f}", f"{rest[1]:.0f}", f"{graph:.0f}"
             table.add_row(str(batch), str(count), *figures)
     return table
 
 
-def _stepper(layers: int, sequences: int) -> Stepper:
+def _record(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+    return compute(), lambda: None
+
+
+def _stepper(layers: int, sequences: int, record: Record | None = None) -> Stepper:
     # Only its form matters, which is that of Llama 3 and many others.
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,7 +75,7 @@ def _stepper(layers: int, sequences: int) -> Stepper:
         LlamaForCausalLM(config).save_pretrained(folder)
         checkpoint = open_checkpoint(str(Path(folder)))
         form = ParameterForm(torch.bfloat16, CPU, "none")
-        decoder = load_decoder(checkpoint, Group(0, 1), CudaOperations(CPU), form, MAX_MODEL_LEN)
+        decoder = load_decoder(checkpoint, Group(0, 1), CudaOperations(CPU, record), form, MAX_MODEL_LEN)
     return Stepper("none", decoder=decoder, sequences=sequences)
 
 

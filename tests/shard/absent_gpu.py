@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
 DEVICE = torch.device("meta")
@@ -32,7 +33,7 @@ class _Counting(TorchDispatchMode):
         with self:  # in inference mode, operations arrive that consist of others
             if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
                 return result
-        there = any(isinstance(each, torch.Tensor) and each.device == DEVICE for each in args)
+        there = any(isinstance(each, torch.Tensor) and each.device == DEVICE for each in tree_leaves(args))
         name = func.name().partition(".")[0]
         if name == "aten::_local_scalar_dense" and there:
             self._counts["waits"] += 1

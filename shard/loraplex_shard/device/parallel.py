@@ -141,6 +141,11 @@ class Group:
         if self.size > 1:
             dist.destroy_process_group()
 
+    @property
+    def recordable_on_gpu(self) -> bool:
+        """Whether CUDA graphs can hold its collectives."""
+        return self.size == 1 or self._nccl is not None
+
     def _carrier(self, tensor: torch.Tensor) -> dist.ProcessGroup | None:
         """The process group that the tensor goes through; None: the default one."""
         return self._nccl if tensor.is_cuda else None

@@ -160,7 +160,7 @@ class Decoder(nn.Module):
         """Computes the batch's tokens and writes their keys and values to the cache. Returns [tokens, hidden], after
         the final norm."""
         step = self.ops.prepare(batch)
-        return self.ops.forward(step, cache, self.group, lambda: self._compute(step, cache))
+        return self.ops.forward(step, cache, self.group, lambda step: self._compute(step, cache))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -91,11 +91,14 @@ class Operations(Protocol):
         """Returns the step that the operations below take for this batch."""
         ...
 
-    def forward(self, step: Step, cache: KVCache, group: Group, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Returns what `compute` returns, [tokens, n]. The next forward with this cache may overwrite it.
+    def forward(
+        self, step: Step, cache: KVCache, group: Group, compute: Callable[[Step], torch.Tensor]
+    ) -> torch.Tensor:
+        """Returns what `compute` returns for the step, [tokens, n]. The next forward with this cache may overwrite it.
 
         `compute` may only call operations, and must call the same ones for every batch with the same number of tokens,
-        because its calls may be recorded and repeated without it. They may use the group's collectives.
+        because its calls may be recorded and repeated without it. They may use the group's collectives. The step may be
+        another one, with more tokens, of which only the first are returned.
         """
         ...
 

@@ -44,7 +44,8 @@ def choose_operations(device: torch.device, dtype: torch.dtype, kernels: Kernels
     torch if there are no kernels or the dtype is float16, which they do not have."""
     if device.type == "cuda":
         # Triton is installed only with torch for CUDA.
+        from loraplex_shard.ops.cuda.graphs import GraphRecorder
         from loraplex_shard.ops.cuda.operations import CudaOperations
 
-        return CudaOperations(device)
+        return CudaOperations(device, GraphRecorder())
     return ReferenceOperations() if kernels is None or dtype == torch.float16 else CpuOperations(kernels)

@@ -28,7 +28,8 @@ class ExpertOperations:
         if normalized:
             weights = weights / weights.sum(-1, keepdim=True)
         order = experts.flatten().argsort(stable=True)
-        counts = experts.flatten().bincount(minlength=logits.shape[1])
+        chosen_by = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
+        counts = chosen_by.index_add_(0, experts.flatten(), torch.ones_like(order))  # bincount waits for the device
         return Routing(weights.flatten(), order, order.argsort(), F.pad(counts.cumsum(0), (1, 0)), chosen)
 
     def dispatch(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:

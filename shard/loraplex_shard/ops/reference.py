@@ -69,9 +69,9 @@ class ReferenceOperations(ExpertOperations):
         return ReferenceStep(batch)
 
     def forward(
-        self, step: ReferenceStep, cache: KVCache, group: Group, compute: Callable[[], torch.Tensor]
+        self, step: ReferenceStep, cache: KVCache, group: Group, compute: Callable[[ReferenceStep], torch.Tensor]
     ) -> torch.Tensor:
-        return compute()
+        return compute(step)
 
     def embedding(
         self, step: ReferenceStep, weight: ReferenceWeight, dtype: torch.dtype, scale: float = 1.0

@@ -60,8 +60,16 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.layers = tuple(_layer(heads, num_blocks, block_size, dtype, device, positions_first) for heads in layers)
+        # One more than the router has, for the padding of recorded passes.
+        self.layers = tuple(
+            _layer(heads, num_blocks + 1, block_size, dtype, device, positions_first) for heads in layers
+        )
         self.states = tuple(_empty((sequences, *form.shape), form.dtype, device) for form in states)
+
+    @property
+    def spare_index(self) -> int:
+        """A place for a key and a value that nobody reads."""
+        return self.num_blocks * self.block_size
 
     @staticmethod
     def block_bytes(layers: Sequence[Heads], block_size: int, dtype: torch.dtype) -> int:

@@ -42,14 +42,16 @@ class CpuOperations(CpuExpertOperations):
     def prepare(self, batch: Batch) -> CpuStep:
         return CpuStep(batch)
 
-    def forward(self, step: CpuStep, cache: KVCache, group: Group, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, step: CpuStep, cache: KVCache, group: Group, compute: Callable[[CpuStep], torch.Tensor]
+    ) -> torch.Tensor:
         tokens = len(step.batch.token_ids)
         if tokens > LARGEST_PROGRAM or (group.size > 1 and group.shared is None):
-            return compute()
+            return compute(step)
         programs = self._programs.setdefault(cache, {})
         key = tokens, step.segments.int8
         if key not in programs:
-            programs[key] = self._record(compute)
+            programs[key] = self._record(lambda: compute(step))
         return programs[key].run(step.numbers)
 
     def embedding(self, step: CpuStep, weight: CpuWeight, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 
 from loraplex_shard.kernels.tables import places, width
 from loraplex_shard.ops.cuda.worklists import Worklist, multiprocessors, numbered
@@ -49,16 +50,21 @@ class LoraTiles:
 
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> "LoraTiles":
-        rows = [(segment.start, segment.stop, segment.adapter.table.data_ptr()) for segment in segments]
-        starts, stops, tables = np.array(rows, dtype=np.int64).reshape(-1, 3).T
-        counts = -(-(stops - starts) // TOKENS)
-        firsts = np.repeat(starts, counts) + numbered(counts) * TOKENS
-        lengths = np.minimum(np.repeat(stops, counts) - firsts, TOKENS)
-        return cls(
-            Worklist.of(np.stack((firsts, lengths, np.repeat(tables, counts)), axis=1), device),
-            max((segment.adapter.widest for segment in segments), default=0),
-            any(segment.adapter.int8 for segment in segments),
-        )
+        return cls(Worklist.of(tile(segments), device), widest(segments), any(run.adapter.int8 for run in segments))
+
+
+def tile(segments: Sequence[Segment]) -> NDArray[np.int64]:
+    """The entries of the tiles, [n, 3]."""
+    rows = [(segment.start, segment.stop, segment.adapter.table.data_ptr()) for segment in segments]
+    starts, stops, tables = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    counts = -(-(stops - starts) // TOKENS)
+    firsts = np.repeat(starts, counts) + numbered(counts) * TOKENS
+    lengths = np.minimum(np.repeat(stops, counts) - firsts, TOKENS)
+    return np.stack((firsts, lengths, np.repeat(tables, counts)), axis=1)
+
+
+def widest(segments: Sequence[Segment]) -> int:
+    return max((segment.adapter.widest for segment in segments), default=0)
 
 
 def add_lora_delta(out: torch.Tensor, x: torch.Tensor, runs: LoraTiles, layout: LinearLayout) -> None:

@@ -4,7 +4,7 @@ Tensors are float32, bfloat16 or float16 and contiguous. They must be on the cal
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from loraplex_shard.ops.cuda import elementwise, quantized
 from loraplex_shard.ops.cuda.attention import attention
 from loraplex_shard.ops.cuda.experts import FloatExperts
 from loraplex_shard.ops.cuda.float8 import Float8Weight, linear_float8
+from loraplex_shard.ops.cuda.graphs import Record, Recordings
 from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
 from loraplex_shard.ops.cuda.quantized import IntegerWeight
 from loraplex_shard.ops.cuda.rotary import rotate_and_write
-from loraplex_shard.ops.cuda.tiles import Tiles, make_tiles
+from loraplex_shard.ops.cuda.step import CudaStep, Kind
+from loraplex_shard.ops.cuda.tiles import make_tiles
 from loraplex_shard.ops.experts import ExpertOperations
 from loraplex_shard.ops.own_weights import norm_runs, part_of, put_own_embeddings, put_own_norms
 from loraplex_shard.ops.quantized import Quantized, QuantizedMatrix
@@ -51,20 +53,17 @@ def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     return elementwise.add_norm(x, None, 1.0, norm)
 
 
-@dataclass(frozen=True, slots=True)
-class CudaStep:
-    batch: Batch
-    lora: LoraTiles
-    tiles: dict[Heads, Tiles] = field(default_factory=dict)  # made when they are first asked for
-
-
 class CudaOperations(ExpertOperations):
     """Implements loraplex_shard.ops.base.Operations, which has the docstrings."""
 
     positions_first = True
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, record: Record | None = None) -> None:
+        """`record`: GraphRecorder() on a GPU."""
         self._device = device
+        self._recordings = Recordings(record)
+        self._kinds: tuple[Kind, ...] = ()  # of the model's attention, once it has run
+        self._has_experts = self._experts_wait = False  # the model
         # cuBLAS may otherwise sum in bfloat16; Operations.linear sums in float32.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -79,12 +78,27 @@ class CudaOperations(ExpertOperations):
                 return Float8Weight(matrix.values.to(self._device), matrix.scales.to(self._device))
 
     def prepare(self, batch: Batch) -> CudaStep:
-        return CudaStep(batch, LoraTiles.of(batch.segments, self._device))
+        return CudaStep.of(batch, self._kinds, self._device, self._is_recordable(batch))
 
     def forward(
-        self, step: CudaStep, cache: KVCache, group: Group, compute: Callable[[], torch.Tensor]
+        self, step: CudaStep, cache: KVCache, group: Group, compute: Callable[[CudaStep], torch.Tensor]
     ) -> torch.Tensor:
-        return compute()
+        if step.form is not None and group.recordable_on_gpu:
+            return self._recordings.run(step, cache, compute)
+        hidden = compute(step)
+        self._kinds = tuple(step.tiles)
+        return hidden
+
+    def _is_recordable(self, batch: Batch) -> bool:
+        """Whether all that the batch needs can be recorded. What runs for one adapter after the other, or waits for the
+        device, cannot."""
+        adapters = [segment.adapter for segment in batch.segments]
+        return (
+            self._recordings.possible
+            and not (self._has_experts and adapters)
+            and not self._experts_wait
+            and not any(adapter.own.norms or adapter.own.embedding for adapter in adapters)
+        )
 
     def embedding(self, step: CudaStep, weight: CudaWeight, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
         assert not isinstance(weight, Float8Weight), "embeddings are not rounded to float8"
@@ -108,14 +122,19 @@ class CudaOperations(ExpertOperations):
     def add_lora_delta(
         self, out: torch.Tensor, x: torch.Tensor, segments: CudaStep | Segments, layout: LinearLayout
     ) -> None:
-        runs = segments.batch.segments if isinstance(segments, CudaStep) else segments
-        if any(layout.name in run.adapter.layers for run in runs):
-            tiles = segments.lora if isinstance(segments, CudaStep) else LoraTiles.of(runs, self._device)
-            add_lora_delta(out, x, tiles, layout)
+        if isinstance(segments, CudaStep):
+            if segments.touches(layout.name):
+                add_lora_delta(out, x, segments.lora, layout)
+        elif any(layout.name in run.adapter.layers for run in segments):
+            add_lora_delta(out, x, LoraTiles.of(segments, self._device), layout)
 
     def stack(self, weights: Sequence[CudaWeight], biases: Sequence[torch.Tensor | None]) -> Any:
         floats = [weight.matrix for weight in weights if isinstance(weight, FloatWeight)]
-        return FloatExperts(floats, biases) if len(floats) == len(weights) else super().stack(weights, biases)
+        self._has_experts = True
+        if len(floats) == len(weights):
+            return FloatExperts(floats, biases)
+        self._experts_wait = True  # the host learns what the tokens chose
+        return super().stack(weights, biases)
 
     def expert_linear(self, x: torch.Tensor, routing: Routing, weight: Any) -> torch.Tensor:
         return (
@@ -168,6 +187,7 @@ class CudaOperations(ExpertOperations):
     def attention(
         self, qkv: torch.Tensor, heads: Heads, step: CudaStep, cache: LayerCache, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if heads not in step.tiles:
-            step.tiles[heads] = make_tiles(step.batch, heads, qkv.dtype, self._device)
-        return attention(qkv, heads, step.batch, step.tiles[heads], cache, sinks)
+        kind = heads, qkv.dtype
+        if kind not in step.tiles:
+            step.tiles[kind] = make_tiles(step.batch, *kind, self._device)
+        return attention(qkv, heads, step.batch, step.tiles[kind], cache, sinks)

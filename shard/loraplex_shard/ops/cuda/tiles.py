@@ -41,22 +41,28 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """The entries of a batch's tiles, on the host, with each tile's chunk in place of its row of the block tables."""
+    """The entries of a batch's tiles, on the host."""
 
     short: Ints
     long: Ints
+    rows: int
     split: Ints
     partials: int
 
 
 def make_tiles(batch: Batch, heads: Heads, dtype: torch.dtype, device: torch.device) -> Tiles:
     """Makes the tiles of a batch, in the order of its tokens, for queries of this dtype."""
-    rows = rows_of_long_tiles(heads, dtype)
-    cuts = cut(np.array(batch.starts), np.array(batch.context_lengths), heads, rows)
+    cuts = cut_batch(batch, heads, dtype)
+    short, long, split = (Worklist.of(entries, device) for entries in (cuts.short, cuts.long, cuts.split))
+    return Tiles(short, long, cuts.rows, split, cuts.partials)
+
+
+def cut_batch(batch: Batch, heads: Heads, dtype: torch.dtype) -> Cuts:
+    """The entries of these tiles."""
+    cuts = cut(np.array(batch.starts), np.array(batch.context_lengths), heads, rows_of_long_tiles(heads, dtype))
     for tiles in (cuts.short, cuts.long):
         tiles[:, 0] = np.array(batch.rows)[tiles[:, 0]]
-    short, long, split = (Worklist.of(entries, device) for entries in (cuts.short, cuts.long, cuts.split))
-    return Tiles(short, long, rows, split, cuts.partials)
+    return cuts
 
 
 def rows_of_long_tiles(heads: Heads, dtype: torch.dtype) -> int:
@@ -67,7 +73,7 @@ def rows_of_long_tiles(heads: Heads, dtype: torch.dtype) -> int:
 
 def cut(starts: NDArray[np.int64], contexts: NDArray[np.int64], heads: Heads, rows: int) -> Cuts:
     """Cuts chunks, whose tokens begin at these places in the batch and whose sequences have these lengths, into tiles.
-    Long tiles have at most this number of rows."""
+    Long tiles have at most this number of rows. In each tile, its chunk is in place of the row of the block tables."""
     group, tokens = heads.query // heads.kv, np.diff(starts)
     before = contexts - tokens
 
@@ -96,7 +102,7 @@ def cut(starts: NDArray[np.int64], contexts: NDArray[np.int64], heads: Heads, ro
     chunk, places, runs = chunks[is_split], places[is_split], runs[is_split]
     which, token = np.repeat(np.arange(len(chunk)), tokens[chunk]), numbered(tokens[chunk])
     split = _entries(starts[chunk][which] + token, places[which] + token, tokens[chunk][which], runs[which])
-    return Cuts(short, long, split, int(ends[-1]) if len(ends) else 0)
+    return Cuts(short, long, rows, split, int(ends[-1]) if len(ends) else 0)
 
 
 def _entries(*columns: NDArray[np.int64]) -> Ints:

@@ -1,0 +1,180 @@
+"""Recorded forward passes compute what the calls would: in any bucket, with any adapters, whatever lies behind a step's
+tokens. A list of the kernels' calls, with the memory that they had, takes a CUDA graph's place."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers import LlamaConfig
+from triton.runtime.interpreter import GridExecutor
+
+from loraplex_protos.shard_pb2 import StepResponse
+from loraplex_shard.device.parallel import Group
+from loraplex_shard.ops.cuda.graphs import Record
+from loraplex_shard.ops.cuda.operations import CudaOperations
+from loraplex_shard.sampling.grammars import GrammarCompiler
+from loraplex_shard.shapes.adapter import AdapterWeights
+from loraplex_shard.shapes.layout import LinearLayout
+from loraplex_shard.stepping.runner import Runner
+from tests.shard.decoders import adapter_for, load, save_checkpoint
+from tests.shard.planner import BLOCK_SIZE, MAX_MODEL_LEN, NUM_BLOCKS, Planner, random_tokens
+
+# What lies behind a step's tokens is computed, too, and is whatever was in the memory.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+CPU = torch.device("cpu")
+ALLOCATIONS = "aten::empty", "aten::new_empty", "aten::empty_like"
+Compute = Callable[[], torch.Tensor]
+Calls = list[Callable[[], None]]
+
+
+class _Listing(TorchDispatchMode):
+    """Lists torch's calls. One that returns new memory will write there again."""
+
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:  # in inference mode, operations arrive that consist of others
+            if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if func.name().partition(".")[0] in ALLOCATIONS:
+            self._calls.append(lambda: _poison(result))
+        elif not func.is_view:
+            self._calls.append(lambda: _again(func, args, kwargs, result))
+        return result
+
+
+def _again(func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    anew = func(*args, **kwargs)
+    if isinstance(result, torch.Tensor) and anew is not result:
+        result.copy_(anew)
+
+
+def _poison(memory: torch.Tensor) -> None:
+    memory.fill_(torch.nan if memory.is_floating_point() else -1)
+
+
+def listed(compute: Compute) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Records the list."""
+    calls: Calls = []
+    launch = GridExecutor.__call__
+
+    def list_launch(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        calls.append(lambda: launch(self, *args, **kwargs))
+        with _disable_current_modes():  # the interpreter uses torch, too
+            launch(self, *args, **kwargs)
+
+    with patch.object(GridExecutor, "__call__", list_launch), _Listing(calls):
+        result = compute()
+
+    @torch.inference_mode()
+    def replay() -> None:
+        for call in calls:
+            call()
+
+    return result, replay
+
+
+def computed(compute: Compute) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Records nothing, and computes anew."""
+    result = compute()
+    return result, lambda: _copy(result, compute())
+
+
+def _copy(result: torch.Tensor, anew: torch.Tensor) -> None:
+    result.copy_(anew)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=MAX_MODEL_LEN,
+    )
+    return save_checkpoint(config, tmp_path_factory.mktemp("llama"))
+
+
+class Slots:
+    def __init__(self, layouts: tuple[LinearLayout, ...]) -> None:
+        self.adapters = [adapter_for(layouts), adapter_for(layouts[:1] + layouts[2:])]
+
+    def adapter_in(self, slot: int) -> AdapterWeights:
+        return self.adapters[slot - 1]
+
+
+class Shard:
+    """A runner, the adapters in its slots, and what it answered."""
+
+    def __init__(self, checkpoint: Path, record: Record | None) -> None:
+        self.records = 0
+
+        def counting(compute: Compute) -> tuple[torch.Tensor, Callable[[], None]]:
+            assert record is not None
+            self.records += 1
+            return record(compute)
+
+        model = load(checkpoint, ops=CudaOperations(CPU, record and counting), max_model_len=MAX_MODEL_LEN)
+        self.slots, self.planner = Slots(model.layouts), Planner()
+        self.cache = model.new_cache(NUM_BLOCKS, BLOCK_SIZE)
+        for layer in self.cache.layers:
+            layer.keys.fill_(torch.nan)
+            layer.values.fill_(torch.nan)
+        grammars = GrammarCompiler(b"{}", model.vocab_size, end_token_ids=(2,))
+        self.runner = Runner(model, self.cache, self.slots, Group(0, 1), 24, MAX_MODEL_LEN, CPU, grammars)  # type: ignore[arg-type]
+        self.answers: list[StepResponse] = []
+
+    def start(self, row: int, length: int, slot: int) -> None:
+        self.planner.start(row, random_tokens(length, row), slot=slot, logprobs=True)
+
+    def run(self, lengths: dict[int, int]) -> None:
+        self.answers.append(self.planner.run(self.runner.step, lengths))
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return [list(answer.tokens) for answer in self.answers]
+
+    @property
+    def logprobs(self) -> list[float]:
+        return [logprob for answer in self.answers for logprob in answer.logprobs]
+
+
+def mixed(shard: Shard) -> None:
+    """Chunks of prompts and decodes, of the base and two adapters, which are loaded anew; then fewer sequences, whose
+    tokens lie where others' were."""
+    for row, (length, slot) in enumerate([(5, 0), (2, 1), (13, 2)]):
+        shard.start(row, length, slot)
+    shard.run({0: 2})
+    shard.run({0: 3, 1: 1})
+    shard.run({0: 1, 1: 1, 2: 1})
+    shard.run({0: 1, 1: 1, 2: 2})
+    shard.run({2: 10})
+    shard.slots.adapters.reverse()
+    shard.run({0: 1, 1: 1, 2: 1})
+    shard.start(3, 12, 1)
+    shard.run({3: 9, 2: 1})
+    shard.run({0: 1, 2: 1})
+    shard.run({1: 1, 2: 1})
+
+
+def test_recorded_passes_serve_chunks_decodes_and_any_adapters(checkpoint: Path) -> None:
+    plain, anew, recorded = (Shard(checkpoint, record) for record in (None, computed, listed))
+    for shard in (plain, anew, recorded):
+        mixed(shard)
+    assert recorded.tokens == anew.tokens == plain.tokens
+    assert recorded.logprobs == anew.logprobs  # bit by bit
+    assert recorded.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
+    assert plain.records == 0
+    assert recorded.records < len(recorded.answers)
