@@ -35,12 +35,17 @@ def test_ranks_that_do_not_meet_are_named(tmp_path: Path) -> None:
         Group.connect(1, 2, f"file://{tmp_path}/file/x", torch.device("cpu"), None)
 
 
-def test_a_gpu_is_lost_once_it_cannot_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def synchronize(device: torch.device) -> None:
-        if failed:
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
+def test_a_gpu_is_lost_once_nothing_can_be_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            assert device == CUDA
 
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        def record_event(self) -> SimpleNamespace:
+            if failed:
+                raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
+            return SimpleNamespace(synchronize=lambda: None)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
     failed = False
     assert not gpus.is_lost(CUDA)
     failed = True
