@@ -78,7 +78,10 @@ RUN case "${TORCH_INDEX}" in \
      && rm -rf /var/lib/apt/lists/*; } ;; \
 esac
 USER 10001:10001
-ENV LORAPLEX_KERNELS=/opt/kernels
+# The second and third as in NVIDIA's images: some clusters mount the driver there, and give what is asked for alone.
+ENV LORAPLEX_KERNELS=/opt/kernels \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib:/usr/local/nvidia/lib64 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=shard-dependencies /opt/venv /opt/venv
 COPY --from=package /opt/loraplex /opt/loraplex
 COPY --from=kernels /opt/kernels /opt/kernels
