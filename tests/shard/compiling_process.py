@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 os.environ["TRITON_INTERPRET"] = "0"
 
+import numpy as np
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -25,6 +26,8 @@ from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import HeadNorms, Norm
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.quantized import quantize, to_float8
+from loraplex_shard.sampling import cuda
+from loraplex_shard.sampling.stages import PARAMETERS
 from loraplex_shard.shapes.batch import Segment
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
@@ -95,6 +98,11 @@ def float8(dtype: torch.dtype) -> None:
     CUDA.linear(random(2, 3, WIDTH, dtype=dtype), CUDA.pack(to_float8(random(1, WIDTH, WIDTH))))
 
 
+def sample() -> None:
+    chosen = np.zeros(1, PARAMETERS)
+    cuda.draw(random(0, 1, 1 << 17), chosen, np.zeros(1))
+
+
 def experts(dtype: torch.dtype) -> None:
     matrices = [CUDA.pack(random(expert, WIDTH, WIDTH, dtype=dtype)) for expert in range(2)]
     weight = CUDA.stack(matrices, [None, None])
@@ -128,6 +136,7 @@ if __name__ == "__main__":
     for capability in map(int, sys.argv[1:]):
         driver.set_active(AbsentGpu(capability))
         linears(half)
+        sample()
         if capability >= 89:
             float8(half)
         experts(half)

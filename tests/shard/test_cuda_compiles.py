@@ -26,6 +26,7 @@ KERNELS = {
     "_attention",
     "_combine",
     "_dequantize",
+    "_draw",
     "_expand",
     "_expert_linear",
     "_linear",

@@ -51,6 +51,18 @@ def draw(logits: Tensor, uniform: NDArray[np.float64]) -> Tensor:
     return (torch.minimum(place, last) * weights.shape[-1] + strand)[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
+def draw_some(logits: Tensor, tokens: Tensor, vocab: int, uniform: NDArray[np.float64]) -> Tensor:
+    """The same for rows of a vocabulary of which only these tokens [n, count] are left, in any order."""
+    strands = -(-vocab // STRAND)
+    order = (tokens % strands * STRAND + tokens // strands).argsort(-1)
+    weights = logits.softmax(-1).gather(-1, order)
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    targets = to_device([uniform[:, None]], logits.device)[0] * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, targets, right=True)
+    last = torch.where(weights > 0, torch.arange(weights.shape[-1], device=weights.device), 0).amax(-1, keepdim=True)
+    return tokens.gather(-1, order.gather(-1, torch.minimum(place, last)))[:, 0]
+
+
 def uniforms(seeds: NDArray[np.uint64], counters: NDArray[np.int64]) -> NDArray[np.float64]:
     """A number in [0, 1) for each (seed, counter): output `counter` of the splitmix64 generator (Steele, Lea and
     Flood, "Fast splittable pseudorandom number generators", 2014) whose state is the mixed seed."""

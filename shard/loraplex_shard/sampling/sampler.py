@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraplex_shard.sampling.draws import draw, largest, likeliest_one, uniforms
+from loraplex_shard.sampling.draws import draw, draw_some, largest, likeliest_one, uniforms
 from loraplex_shard.sampling.stages import (
     BEFORE_TEMPERATURE,
     HEAD,
@@ -103,14 +103,31 @@ def head(logits: Tensor, parameters: NDArray[np.void]) -> tuple[Tensor, Tensor, 
 
 
 def _sample(logits: Tensor, parameters: NDArray[np.void], uniform: NDArray[np.float64]) -> Tensor:
-    """Draws a token from each row: from its head where that is all that is left. It depends on the row alone."""
+    """Draws a token from each row. It depends on the row alone."""
+    others = np.any([stage.needed(parameters) for stage in OTHERS], axis=0)
+    if logits.device.type != "cuda" or others.all():
+        return draw_each(logits, parameters, uniform)
+    # Triton is installed only with torch for CUDA.
+    from loraplex_shard.sampling.cuda import draw as draw_at_once
+
+    if not others.any():
+        return draw_at_once(logits, parameters, uniform)
+    drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    for function, chosen in ((draw_at_once, ~others), (draw_each, others)):
+        index = np.flatnonzero(chosen)
+        drawn[to_device(index, logits)] = function(select(logits, index), parameters[index], uniform[index])
+    return drawn
+
+
+def draw_each(logits: Tensor, parameters: NDArray[np.void], uniform: NDArray[np.float64]) -> Tensor:
+    """Draws a token from each row of logits, whose temperatures are above 0: from its head where that is all that is
+    left."""
     drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     wide = ~np.any([stage.needed(parameters) for stage in LIKELIEST], axis=0)
     if not wide.all():
         index = np.flatnonzero(~wide)
         values, tokens, whole = head(select(logits, index), parameters[index])
-        places = draw(values, uniform[index])
-        drawn[to_device(index, logits)] = tokens.gather(-1, places[:, None])[:, 0]
+        drawn[to_device(index, logits)] = draw_some(values, tokens, logits.shape[-1], uniform[index])
         wide[index] = ~whole.cpu().numpy()
     if wide.any():
         index = np.flatnonzero(wide)
