@@ -67,5 +67,5 @@ async def test_a_deadline_that_passes_in_the_queue_costs_nothing() -> None:
     assert setup.replica.scheduler.num_waiting == 0
     tenant = setup.service.keys.tenant("busy")
     assert tenant.remaining(time.monotonic()) == [Remaining("tokens", 1000, 1000, 0.0)]
-    assert setup.service.usage("busy")[1] == []
+    assert (await setup.service.usage("busy"))[1] == []
     await server.stop(0)
