@@ -93,7 +93,7 @@ class Router:
         self._journal = Journal(streams, seconds) if settings.store else None
         self._limits = SharedLimits(LimitStore(self._redis)) if self._redis else None
         if self._journal:
-            usage.written = self._journal.keep_up
+            usage.write_streams = self._journal.flush
         if redis := self._redis:
             usage.ledger = RedisLedger(redis)
             telemetry.metrics.watch_store(lambda: redis.fails)

@@ -93,7 +93,7 @@ class Router:
         self.journal = Journal(RedisStore(self.server, 60), seconds=60)
         self.setup = Setup(journal=self.journal)
         self.usage = self.setup.telemetry.usage
-        self.usage.ledger, self.usage.written = RedisLedger(self.server), self.journal.keep_up
+        self.usage.ledger, self.usage.write_streams = RedisLedger(self.server), self.journal.flush
         self.told: list[dict[str, object]] = []
         self.usage.sinks.append(self.told.append)
         runs = (self.setup.engine.run(), self.journal.run(), self.usage.run())

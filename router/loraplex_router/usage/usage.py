@@ -23,20 +23,19 @@ Sink = Callable[[dict[str, Any]], None]
 
 
 class _Ended(NamedTuple):
-    generation: Generation | None
     event: UsageEvent
     entry: Entry
     alone: Used  # what it used as far as this router knows
 
 
 class Usage:
-    """`ledger`, `sinks`, which get each event, and `written`, which waits until a generation is in the journal, are set
-    once, before anything ends."""
+    """`ledger`, `sinks`, which get each event, and `write_streams`, which brings the journal up to date, are set once,
+    before anything ends."""
 
     def __init__(self) -> None:
         self.ledger: Ledger = MemoryLedger()
         self.sinks: list[Sink] = []
-        self.written: Callable[[Generation], Awaitable[object]] | None = None
+        self.write_streams: Callable[[], Awaitable[object]] | None = None
         self._numbers = count()
         self._unsettled: list[_Ended] = []
         self._news = asyncio.Event()
@@ -57,7 +56,7 @@ class Usage:
             generation.stream,
         )
         alone = Used(first, generation.num_prompt, first * cached, generation.num_generated) if ran else Used()
-        self._unsettled.append(_Ended(generation, event_of(generation, outcome, now), entry, alone))
+        self._unsettled.append(_Ended(event_of(generation, outcome, now), entry, alone))
         self._news.set()
 
     async def between(self, first: date | None, last: date | None) -> tuple[float, list[tuple[str, str, Used]]]:
@@ -89,9 +88,8 @@ class Usage:
         """Counts everything that has ended. Raises UnavailableError."""
         async with self._settling:
             while ended := self._unsettled[:1000]:
-                for each in ended:
-                    if self.written and each.generation and each.entry.stream:
-                        await self.written(each.generation)
+                if self.write_streams and any(each.entry.stream for each in ended):
+                    await self.write_streams()
                 try:
                     found = await self.ledger.settle([each.entry for each in ended])
                 except UnavailableError:
@@ -99,7 +97,7 @@ class Usage:
                     raise
                 del self._unsettled[: len(ended)]
                 for each, used in zip(ended, found, strict=True):
-                    if each.generation or used.requests or used.generated_tokens:
+                    if not each.entry.router or used != Used():
                         self._tell(each.event, used)
 
     async def _find_lost(self) -> None:
@@ -118,7 +116,7 @@ class Usage:
         used = Used(1, len(record.prompt), 0, generated)
         number, event = next(self._numbers), event_of_lost(record)
         entry = Entry(number, record.nonce, record.tenant, record.adapter, used, lost.stream, lost.router)
-        return _Ended(None, event, entry, Used())
+        return _Ended(event, entry, Used())
 
     def _give_up(self, ended: Sequence[_Ended]) -> None:
         """Tells of what cannot be settled."""
@@ -126,7 +124,7 @@ class Usage:
             logger.error("the usage of %d requests is not in the store, which does not answer", len(ended))
         for each in list(ended):
             self._unsettled.remove(each)
-            if each.generation:
+            if not each.entry.router:
                 self._tell(each.event, each.alone)
 
     def _tell(self, event: UsageEvent, used: Used) -> None:
