@@ -88,6 +88,7 @@ def linears(dtype: torch.dtype) -> None:
     x, weight = random(0, 3, WIDTH, dtype=dtype)[:2], random(1, WIDTH, dtype=dtype)
     CUDA.add_norm(x, x, 1.0, Norm(weight.float(), None, 1e-5, centered=False))
     CUDA.activate(x, "silu", gated=True)
+    CUDA.upcast(x, 1.0, 30.0)
     for bits in 8, 4:
         packed = CUDA.pack(quantize(random(1, WIDTH, WIDTH), bits))
         for tokens in (*TOKENS, 40):

@@ -71,6 +71,17 @@ def test_large_logits_in_float16_are_finite(ops: CudaOperations | ReferenceOpera
     assert wide.equal(x.float()) and finite.tolist() == [True, False]
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.bfloat16])
+def test_logits_and_which_of_their_rows_are_finite(dtype: torch.dtype) -> None:
+    x = random(0, 5, 2500, dtype=dtype) * 5
+    for row, column, wrong in ((1, 0, torch.nan), (2, 1023, torch.inf), (4, 2499, -torch.inf)):
+        x[row, column] = wrong
+    for cap in (0.0, 2.0):
+        (actual, finite), (expected, expected_finite) = (ops.upcast(x, 3.0, cap) for ops in (CUDA, REFERENCE))
+        assert finite.equal(expected_finite) and finite.tolist() == [True, False, False, True, False]
+        assert_close(actual[finite], expected[finite])
+
+
 @few
 @given(
     tokens=st.sampled_from([1, 16, 17, 65]),

@@ -1,4 +1,4 @@
-"""Operations on each token by itself: the norm of a sum, with one program per token, and the activation."""
+"""Operations on each token by itself: the norm of a sum, with one program per token, the activation, and logits."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 
 from loraplex_shard.ops.base import Activation, Norm
 
-LANES = 1024  # activation values per program
+LANES = 1024  # values per program
 
 
 def add_norm(hidden: torch.Tensor, delta: torch.Tensor | None, scale: float, norm: Norm) -> torch.Tensor:
@@ -37,6 +37,15 @@ def activate(x: torch.Tensor, function: Activation, gated: bool) -> torch.Tensor
     out = x.new_empty((tokens, n))
     _activate[(tokens, triton.cdiv(n, LANES))](x, out, FUNCTION=function, GATED=gated, N=n, LANES=LANES)
     return out
+
+
+def upcast(x: torch.Tensor, scale: float, soft_cap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Implements Operations.upcast. The numbers are read once."""
+    rows, n = x.shape
+    wide = torch.empty((rows, n), dtype=torch.float32, device=x.device)
+    finite = torch.empty((rows, triton.cdiv(n, LANES)), dtype=torch.bool, device=x.device)
+    _upcast[finite.shape](x, wide, finite, scale, N=n, SOFT_CAP=soft_cap, LANES=LANES)
+    return wide, finite.all(1)
 
 
 @triton.jit
@@ -91,3 +100,16 @@ def _activate(x, out, FUNCTION: tl.constexpr, GATED: tl.constexpr, N: tl.constex
             up = tl.clamp(up, -7.0, 7.0, tl.PropagateNan.ALL) + 1
         value *= up
     tl.store(out + token * N + lanes, value.to(out.dtype.element_ty), within)
+
+
+@triton.jit
+def _upcast(x, wide, finite, scale, N: tl.constexpr, SOFT_CAP: tl.constexpr, LANES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    within = lanes < N
+    value = tl.load(x + row * N + lanes, within, 0.0).to(tl.float32) * scale
+    all_finite = tl.max((~(tl.abs(value) < float("inf"))).to(tl.int32), 0) == 0
+    tl.store(finite + row * tl.num_programs(1) + tl.program_id(1), all_finite)
+    if SOFT_CAP > 0:
+        value = SOFT_CAP * (2 * tl.sigmoid(2 / SOFT_CAP * value) - 1)  # tanh
+    tl.store(wide + row * N + lanes, value, within)

@@ -161,9 +161,7 @@ class CudaOperations(ExpertOperations):
         return elementwise.activate(x, function, gated)
 
     def upcast(self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = x.float().mul_(scale)
-        finite = wide.sum(-1).isfinite()  # in float32: the sum of large float16 logits would overflow
-        return (wide.div_(soft_cap).tanh_().mul_(soft_cap) if soft_cap else wide), finite
+        return elementwise.upcast(x, scale, soft_cap)
 
     def head_squares(self, qkv: torch.Tensor, heads: Heads, query: float, key: float) -> torch.Tensor:
         queries = heads.query * heads.dim
