@@ -7,6 +7,7 @@ from random import Random
 import torch
 
 from bench.engine.timing import seconds
+from loraplex_protos.generation_pb2 import Sampling
 from loraplex_protos.shard_pb2 import SequenceStart, StepRequest
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.device.memory import keep_freed
@@ -30,6 +31,7 @@ from loraplex_shard.stepping.runner import Runner
 CPU = torch.device("cpu")
 MAX_MODEL_LEN = 2304
 MAX_SEQUENCES = 32
+GREEDY = Sampling()
 CHUNK = 512  # tokens of a prefill step
 
 
@@ -108,7 +110,14 @@ class Stepper:
     def kv_bytes(self, batch: int, context: int) -> int:
         return batch * context * self.decoder.cache_block_bytes(BLOCK_SIZE) // BLOCK_SIZE
 
-    def start(self, batch: int, context: int, adapters: Sequence[AdapterWeights] = (), used: int | None = None) -> None:
+    def start(
+        self,
+        batch: int,
+        context: int,
+        adapters: Sequence[AdapterWeights] = (),
+        used: int | None = None,
+        sampling: Sampling = GREEDY,
+    ) -> None:
         """Starts `batch` sequences as if all but the last of their `context` tokens were in the cache. The sequences
         are divided evenly between the first `used` adapters; None: all adapters."""
         assert batch <= self._sequences and context < self._max_model_len
@@ -118,7 +127,7 @@ class Stepper:
         slots = [row * used // batch + 1 if used else 0 for row in range(batch)]
         self._lengths, self._blocks = [context - 1] * batch, 0
         self._plan = StepRequest(rows=range(batch), lengths=[1] * batch, slots=slots, samples=[True] * batch)
-        self._starts = [self._start(row, context, context - 1) for row in range(batch)]
+        self._starts = [self._start(row, context, context - 1, sampling) for row in range(batch)]
 
     def decode(self) -> None:
         """Computes one token for each sequence."""
@@ -164,9 +173,9 @@ class Stepper:
                     )
                 )
 
-    def _start(self, row: int, tokens: int, computed: int) -> SequenceStart:
+    def _start(self, row: int, tokens: int, computed: int, sampling: Sampling = GREEDY) -> SequenceStart:
         ids = Random(row).choices(range(self.decoder.vocab_size), k=tokens)
-        return SequenceStart(row=row, tokens=ids, prompt_length=tokens, computed=computed)
+        return SequenceStart(row=row, tokens=ids, prompt_length=tokens, computed=computed, sampling=sampling)
 
     def attention(self, batch: int, context: int) -> Callable[[], None]:
         """Only the attention of one token of each sequence, in one layer after the other: too much for the processor's

@@ -15,6 +15,7 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.models.loading import load_decoder
+from loraplex_shard.ops.cuda.graphs import GraphRecorder
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.quantized import QuantizedMatrix
 from loraplex_shard.settings import Quantize
@@ -133,12 +134,14 @@ def load(
     quantize: Quantize = "none",
     max_model_len: int = 512,
     group: Group | None = None,
+    ops: CudaOperations | None = None,
 ) -> Decoder:
-    """A decoder with CUDA's operations; on the CPU, they run in Triton's interpreter."""
+    """A decoder with CUDA's operations, as a shard has them; on the CPU, they run in Triton's interpreter."""
     where = torch.device(device)
     form = ParameterForm(dtype, where, quantize)
     checkpoint = RandomCheckpoint(config, where)
-    return load_decoder(checkpoint, group or Group(0, 1), CudaOperations(where), form, max_model_len)
+    ops = ops or CudaOperations(where, GraphRecorder() if device == "cuda" else None)
+    return load_decoder(checkpoint, group or Group(0, 1), ops, form, max_model_len)
 
 
 def reference(

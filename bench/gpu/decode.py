@@ -82,6 +82,7 @@ OTHER = {
     "float16": Form(torch.float16),
     "int8": Form(quantize="int8"),
     "int4": Form(quantize="int4"),
+    "fp8": Form(quantize="fp8"),
     "KV cache int8": Form(kv_dtype=torch.int8),
 }
 

@@ -26,7 +26,7 @@ from tests.shard.planner import BLOCK_SIZE, MAX_MODEL_LEN, NUM_BLOCKS, Planner, 
 
 # Plans, rows, and the longest prompt. Triton's interpreter is slow.
 SIZES: dict[DeviceName, tuple[int, int, int]] = {"cuda": (300, 8, 60), "cpu": (3, 2, 6)}
-SLOTS = 4
+LORA_RANKS = 8, 16, 3, 32  # of the adapters in slots 1 and above
 IN_FLIGHT = 2
 LONGEST = 100  # tokens of a sequence, so that all of them have room
 SAMPLED = Sampling(temperature=1.2, top_p=0.9, seed=3)
@@ -40,10 +40,11 @@ def _replay(device: DeviceName) -> Row:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     sizes = {"hidden_size": 512, "intermediate_size": 1024} if device == "cuda" else {}
     decoder = load(tiny("Llama 3 8B", **sizes), device, dtype, max_model_len=MAX_MODEL_LEN)
-    held = [random_adapter(decoder.layouts, lora_rank, lora_rank, dtype) for lora_rank in (8, 16, 3, 32)]
-    plans = _plans(*SIZES[device])
-    quiet, quiet_cache = _Run(decoder, held).all(plans, in_flight=1, churning=False)
-    busy, busy_cache = _Run(decoder, held).all(plans, in_flight=IN_FLIGHT, churning=True)
+    held = [random_adapter(decoder.layouts, lora_rank, lora_rank, dtype) for lora_rank in LORA_RANKS]
+    count, rows, longest = SIZES[device]
+    plans = _plans(count, rows, longest)
+    quiet, quiet_cache = Replay(decoder, held, rows).all(plans, in_flight=1, churning=False)
+    busy, busy_cache = Replay(decoder, held, rows).all(plans, in_flight=IN_FLIGHT, churning=True)
     for number, (expected, actual) in enumerate(zip(quiet, busy, strict=True)):
         assert expected == actual, f"plan {number} of {len(plans)} gave {actual}, and {expected} before"
     for layer, (expected_layer, actual_layer) in enumerate(zip(quiet_cache, busy_cache, strict=True)):
@@ -51,8 +52,10 @@ def _replay(device: DeviceName) -> Row:
     return {"plans": len(plans), "tokens": sum(map(len, quiet))}
 
 
-class _Run:
-    def __init__(self, decoder: Decoder, held: Sequence[AdapterWeights]) -> None:
+class Replay:
+    """A runner with adapters in slots 1 and above."""
+
+    def __init__(self, decoder: Decoder, held: Sequence[AdapterWeights], rows: int) -> None:
         self._held, self._transfer, self._slots = held, Transfer(decoder.device), Slots()
         self._loaded = [self._transfer.to_device(adapter) for adapter in held]
         self._slots.adapters = self._loaded
@@ -65,7 +68,7 @@ class _Run:
             self._cache,
             self._slots,  # type: ignore[arg-type]
             Group(0, 1),
-            max(rows for _, rows, _ in SIZES.values()),
+            rows,
             MAX_MODEL_LEN,
             decoder.device,
             GrammarCompiler(b"{}", decoder.vocab_size, end_token_ids=()),
@@ -84,7 +87,9 @@ class _Run:
             while len(begun) >= in_flight:
                 tokens.append(list(begun.popleft()[1].response().tokens))  # type: ignore[attr-defined]
         tokens += [list(pending.response().tokens) for _, pending in begun]  # type: ignore[attr-defined]
-        return tokens, [tensor.clone() for layer in self._cache.layers for tensor in (layer.keys, layer.values)]
+        return tokens, [
+            tensor[:NUM_BLOCKS].clone() for layer in self._cache.layers for tensor in (layer.keys, layer.values)
+        ]
 
     def _reload(self, used: set[int]) -> None:
         """Others than these slots are loaded again, after their memory has been another adapter's."""
@@ -104,7 +109,7 @@ def _plans(count: int, rows: int, longest: int) -> list[StepRequest]:
             if row not in planner.rows and random.random() < 0.5:
                 prompt = random_tokens(random.randrange(1, longest), number * rows + row)
                 sampling = SAMPLED if row % 2 else Sampling()
-                planner.start(row, prompt, slot=random.randrange(SLOTS + 1), sampling=sampling)
+                planner.start(row, prompt, slot=random.randrange(len(LORA_RANKS) + 1), sampling=sampling)
         lengths = {}
         for row, state in planner.rows.items():
             left = state.known - state.computed

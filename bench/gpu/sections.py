@@ -2,19 +2,38 @@
 
 from functools import partial
 
-from bench.gpu import decode, decoders, environment, kernels, large, profile, races, ranks, served, suites
+from bench.gpu import (
+    adapters,
+    decode,
+    decoders,
+    environment,
+    graphs,
+    kernels,
+    large,
+    memory,
+    profile,
+    races,
+    ranks,
+    sampling,
+    served,
+    suites,
+)
 from bench.gpu.check import Section
 
 SECTIONS = (
     Section("environment", "check", 20, environment.checks),
     Section("decoders", "check", 45, decoders.checks),
     Section("races", "check", 25, races.checks),
+    Section("graphs", "check", 25, graphs.checks),
     Section("large memory", "check", 10, large.checks),
     Section("ranks", "check", 20, ranks.checks),
     Section("tests", "check", 100, suites.checks),
     Section("decode, bfloat16", "speed", 80, decode.decodes),
     Section("prompts", "speed", 25, decode.prompts),
     *(Section(f"decode, {form}", "speed", 15, partial(decode.other, form)) for form in decode.OTHER),
+    Section("sampling", "speed", 15, sampling.checks),
+    Section("adapters", "speed", 20, adapters.checks),
+    Section("memory", "speed", 15, memory.checks),
     Section("kernels", "speed", 40, kernels.checks),
     Section("served", "speed", 70, served.checks),
     Section("steps", "profile", 25, profile.steps),

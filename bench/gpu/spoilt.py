@@ -7,7 +7,7 @@ import torch
 
 
 def is_spoilt() -> bool:
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():
         return False
     try:
         torch.cuda.synchronize()
