@@ -83,7 +83,8 @@ def test_parts_that_were_uploaded_are_merged_as_those_of_a_folder_are(directory:
     expected = merged_on(ranks, directory, recipe)
     torch.testing.assert_close(whole_deltas([store.adapter_in(1) for store in stores]), expected, rtol=0, atol=0)
     with pytest.raises(AdapterSourceError, match="have changed"):
-        store.merge_uploads("other", parts, recipe, {parts[0]: sizes[1]}, iter(contents[1].values()))
+        wrong = {parts[0]: sizes[1], parts[2]: sizes[2]}
+        store.merge_uploads("other", parts, recipe, wrong, iter([*contents[1].values(), *contents[2].values()]))
     with pytest.raises(AdapterNotFoundError):
         store.merge("other", parts, recipe)
 

@@ -3,6 +3,7 @@ in one batch with the base, their logits are PEFT's."""
 
 import warnings
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -24,7 +25,9 @@ from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.own_tokens import read_vocabulary
 from loraplex_shard.lora.peft.reading import cut_adapter, read_adapter, read_deltas
 from loraplex_shard.lora.peft.whole import WholeAdapter
+from loraplex_shard.lora.reader import AdapterReader
 from loraplex_shard.lora.sources.text_files import TOKENIZER, AdapterText, AddedToken, read_text
+from loraplex_shard.lora.stager import Stager
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.batch import Segment
@@ -142,7 +145,10 @@ def test_logits_are_those_of_peft(base: str, tmp_path: Path) -> None:
     with torch.inference_mode():
         of_base = load_reference(directory)(torch.tensor([TOKENS])).logits[0]
     kernels = load(directory, ops=cpu_operations(instruction_set()))
-    computed = {"reference": compute(load(directory), adapters, 4), "kernels": compute(kernels, adapters, BLOCK_SIZE)}
+    computed = {
+        "reference": compute(load(directory), adapters, 4),
+        "kernels": compute(kernels, adapters, BLOCK_SIZE, apart=True),
+    }
     computed["two ranks"], _ = run_on_ranks(2, lambda group: compute(load_rank(directory, group), adapters, 4))
     for way, actual in computed.items():
         for name, expected in {"base": of_base, **{name: each.expected for name, each in adapters.items()}}.items():
@@ -188,12 +194,17 @@ def load_rank(directory: Path, group: Group) -> Decoder:
         return load(directory, group=group)
 
 
-def compute(decoder: Decoder, adapters: dict[str, Adapter], block_size: int) -> dict[str, torch.Tensor]:
-    """Logits of all sequences: all but their last tokens are in one step, those in another, which is recorded."""
-    weights = {
-        name: read_adapter(read(adapter.directory), decoder.layouts, base_of(decoder), torch.float32).weights
-        for name, adapter in adapters.items()
-    }
+def compute(
+    decoder: Decoder, adapters: dict[str, Adapter], block_size: int, apart: bool = False
+) -> dict[str, torch.Tensor]:
+    """Logits of all sequences: all but their last tokens are in one step, those in another, which is recorded.
+    `apart`: adapters are read by a stager."""
+    reader = AdapterReader(decoder.layouts, torch.float32, base_of(decoder))
+    with closing(Stager({"reader": reader})) if apart else nullcontext() as stager:
+        weights = {
+            name: (stager.run(reader.cut, read(adapter.directory)) if stager else reader.cut(read(adapter.directory)))
+            for name, adapter in adapters.items()
+        }
     sequences = Sequences(decoder, block_size, num_blocks=4 * len(adapters) + 8)
     steps = []
     for part in slice(0, -1), slice(-1, None):
@@ -201,7 +212,7 @@ def compute(decoder: Decoder, adapters: dict[str, Adapter], block_size: int) -> 
         segments, stop = [], len(chunks["base"])
         for name in adapters:
             start, stop = stop, stop + len(chunks[name])
-            segments.append(Segment(start, stop, weights[name]))
+            segments.append(Segment(start, stop, weights[name].weights))
         steps.append(sequences.step(chunks, tuple(segments)))
     return {name: torch.cat([step[name] for step in steps]) for name in steps[0]}
 

@@ -8,11 +8,9 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from threading import Lock
+from typing import TypeVar, TypeVarTuple
 
 import torch
 
@@ -20,18 +18,16 @@ from loraplex_protos.errors import (
     AdapterInUseError,
     AdapterInvalidError,
     AdapterNotFoundError,
-    AdapterSourceError,
     OverloadedError,
     quote,
 )
-from loraplex_shard.lora.fetches import Fetches, check_headers
-from loraplex_shard.lora.merge import Recipe, merge
+from loraplex_shard.lora.fetches import Fetches
+from loraplex_shard.lora.merge import Recipe
 from loraplex_shard.lora.once import Once
 from loraplex_shard.lora.peft.base import BaseModel
-from loraplex_shard.lora.peft.parsing import config_of
+from loraplex_shard.lora.peft.parsing import config_in
 from loraplex_shard.lora.peft.products import most_bytes
-from loraplex_shard.lora.peft.reading import check_shapes, cut_adapter, read_adapter, read_deltas
-from loraplex_shard.lora.peft.whole import WholeAdapter
+from loraplex_shard.lora.reader import AdapterReader
 from loraplex_shard.lora.room import Room
 from loraplex_shard.lora.sources import upload
 from loraplex_shard.lora.sources.files import AdapterFiles
@@ -39,7 +35,8 @@ from loraplex_shard.lora.sources.patience import Progress
 from loraplex_shard.lora.sources.protocol import Origin, Source
 from loraplex_shard.lora.sources.text_files import AdapterText
 from loraplex_shard.lora.sources.upload import check_upload, receive, receive_each
-from loraplex_shard.lora.weights.deltas import Delta, HostAdapter, Invocation
+from loraplex_shard.lora.stager import Stager
+from loraplex_shard.lora.weights.deltas import HostAdapter, Invocation
 from loraplex_shard.lora.weights.transfer import Transfer
 from loraplex_shard.observation.metrics import ShardMetrics
 from loraplex_shard.shapes.adapter import AdapterWeights
@@ -48,9 +45,14 @@ from loraplex_shard.shapes.layout import LinearLayout
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
 # The copies of an adapter in memory while it is staged: its file, its tensors in the dtype, and this rank's part of
 # them in one piece.
 COPIES = 3
+# Bytes of files whose headers are checked before anything else is read.
+LARGE = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +90,10 @@ class AdapterStore:
         host_bytes: int = sys.maxsize,
         device_bytes: int = sys.maxsize,
     ) -> None:
-        self._layouts = tuple(layouts)
-        self._dtype = dtype
+        self._reader = AdapterReader(layouts, dtype, base, host_bytes)
+        self._sources = tuple(sources)
+        self._stager: Stager | None = None
         self._transfer = Transfer(device)
-        self._base = base
         self._host_bytes = host_bytes
         self._device_bytes = device_bytes
         self._room = Room(host_bytes // 2)
@@ -102,6 +104,12 @@ class AdapterStore:
         self._digests: dict[Origin, str] = {}  # of adapters that have been read
         self._host: dict[str, HostAdapter] = {}  # by digest
         self._slots: dict[int, tuple[str, AdapterWeights]] = {}
+
+    def read_apart(self) -> Stager:
+        """From now on, a stager reads adapters, not the calling thread. Call it while no other thread uses the store,
+        and close the stager at the end."""
+        self._stager = Stager({"reader": self._reader, **{source.name: source for source in self._sources}})
+        return self._stager
 
     def stage(self, id: str, source: str, revision: str, token: str) -> StagedAdapter:
         """Fetches an adapter, checks it, and keeps this rank's part in host memory.
@@ -126,7 +134,7 @@ class AdapterStore:
         nothing. Raises the same errors."""
         with self._fetches.started(id, source, revision) as progress:
             origin = self._fetches.locate(progress, token="")
-            self._bring(origin, progress)
+            self._apart(self._reader.check, self._fetches.bring(origin, progress))
         return origin
 
     def fetches(self) -> list[Progress]:
@@ -139,7 +147,7 @@ class AdapterStore:
         with self._room.taken(sum(sizes.values()) * COPIES):
             files = receive(sizes, data)
             digest = files.digest()
-            self._once.do(digest, lambda: self._hold(digest, lambda: self._cut(files)))
+            self._once.do(digest, lambda: self._make(digest, lambda: self._apart(self._reader.cut, files)))
         with self._lock:
             adapter = self._host.get(digest)
         if adapter is None:
@@ -172,7 +180,7 @@ class AdapterStore:
             size += COPIES * sum(self._host[part].size_bytes for part in parts if part in self._host)
         with self._room.taken(size):
             sent = receive_each(sizes, data)
-            self._once.do(digest, lambda: self._hold(digest, lambda: self._merged(parts, recipe, sent)))
+            self._once.do(digest, lambda: self._make(digest, lambda: self._merged(parts, recipe, sent)))
         with self._lock:
             adapter = self._host[digest]
         return self._describe(digest, "merged", "", adapter)
@@ -246,64 +254,55 @@ class AdapterStore:
             return None
         return self._describe(digest, origin.source.name, origin.revision, adapter)
 
+    def _apart(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Calls a method of the reader, where that may be done."""
+        return work(*args) if self._stager is None else self._stager.run(work, *args)
+
     def _read(self, origin: Origin, progress: Progress) -> None:
-        with ExitStack() as stack:
-            with self._metrics.loading("disk"):
-                paths = self._bring(origin, progress)
-                # The hub does not always say a file's size.
-                size = sum(file.size or paths[name].stat().st_size for name, file in origin.files)
-                stack.enter_context(self._room.taken(size * COPIES))
-                files = origin.read()
-            if more := most_bytes(config_of(files), self._layouts):
-                stack.close()
-                stack.enter_context(self._room.taken((size + more) * COPIES))
-            digest = files.digest()
-            self._once.do(digest, lambda: self._hold(digest, lambda: self._cut(files)))
+        with self._metrics.loading("disk"):
+            paths = self._fetches.bring(origin, progress)
+            # The hub does not always say a file's size.
+            size = sum(file.size or paths[name].stat().st_size for name, file in origin.files)
+            more = most_bytes(config, self._reader.layouts) if (config := config_in(paths)) else 0
+        with self._room.taken((size + more) * COPIES):
+            with self._lock:
+                known = frozenset(self._host)
+            began = time.monotonic()
+            with self._metrics.loading("host"):
+                digest, adapter = self._apart(self._reader.read, origin, paths if size > LARGE else {}, known)
+            if adapter is not None:
+                self._hold(digest, adapter, time.monotonic() - began)
         with self._lock:
             self._digests[origin] = digest
 
-    def _bring(self, origin: Origin, progress: Progress) -> dict[str, Path]:
-        """Brings an adapter's files to the disk. What their headers show to be wrong takes no memory."""
-        paths = self._fetches.bring(origin, progress)
-        check_headers(paths, partial(check_shapes, layouts=self._layouts, base=self._base))
-        return paths
-
-    def _cut(self, files: AdapterFiles) -> HostAdapter:
-        return read_adapter(files, self._layouts, self._base, self._dtype, self._host_bytes)
-
     def _merged(self, parts: Sequence[str], recipe: Recipe, sent: Mapping[str, AdapterFiles]) -> HostAdapter:
-        merged = merge([self._whole(part, sent.get(part)) for part in parts], recipe)
-        return cut_adapter(WholeAdapter(merged), self._layouts, self._base, self._dtype)
+        found = [(part, sent[part] if part in sent else self._origin_of(part)) for part in parts]
+        return self._apart(self._reader.merge, found, recipe)
 
-    def _whole(self, digest: str, sent: AdapterFiles | None) -> dict[str, Delta]:
-        """Reads a staged adapter again, unpartitioned, or takes its files as they were sent."""
-        files = self._read_again(digest) if sent is None else sent
-        if files.digest() != digest:
-            raise AdapterSourceError("to merge: the adapter's files have changed: load it again")
-        return read_deltas(files, self._layouts, self._base)
-
-    def _read_again(self, digest: str) -> AdapterFiles:
+    def _origin_of(self, digest: str) -> Origin:
         with self._lock:
             origin = next((origin for origin, known in self._digests.items() if known == digest), None)
         if origin is None:
             raise AdapterNotFoundError(f"no adapter with digest {digest[:64]!r} is staged")
-        try:
-            return origin.read()
-        except AdapterSourceError as error:
-            raise AdapterSourceError(f"to merge: {error.message}; load the adapter again") from error
+        return origin
 
-    def _hold(self, digest: str, make: Callable[[], HostAdapter]) -> None:
+    def _make(self, digest: str, make: Callable[[], HostAdapter]) -> None:
         with self._lock:
             if digest in self._host:
                 return
         began = time.monotonic()
         with self._metrics.loading("host"):
             adapter = make()
+        self._hold(digest, adapter, time.monotonic() - began)
+
+    def _hold(self, digest: str, adapter: HostAdapter, seconds: float) -> None:
         size = adapter.size_bytes
         with self._lock:
+            if digest in self._host:
+                return  # read from another place at the same time
             self._check_room(size, self._transfer.bytes_on_device(adapter.weights))
             self._host[digest] = adapter
-        took = round((time.monotonic() - began) * 1e3, 1)
+        took = round(seconds * 1e3, 1)
         fields = {"digest": digest, "lora_rank": adapter.lora_rank, "bytes": size, "duration_ms": took}
         logger.info("adapter staged", extra={"fields": fields})
 

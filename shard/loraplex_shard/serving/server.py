@@ -258,6 +258,7 @@ def _load(
     telemetry.metrics.describe(info)
     if classifier is not None:
         classifier = classifier.map(lambda tensor: tensor.to(device))
+    stager = adapters.read_apart()
     runner = Runner(model, cache, adapters, group, most, max_model_len, device, grammars, pooling, classifier)
 
     def on_failed_step() -> None:
@@ -269,6 +270,8 @@ def _load(
     def on_failure() -> None:
         if gpus.is_lost(device):
             troubles.report("nothing works on the GPU any more")
+        if stager.lost:
+            troubles.report("the process that reads adapters has ended")
 
     return ShardService(
         steps=StepThread(runner, device, on_failed_step),

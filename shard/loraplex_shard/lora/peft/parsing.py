@@ -2,17 +2,19 @@
 
 import json
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from loraplex_protos.errors import AdapterInvalidError
+from loraplex_protos.errors import AdapterInvalidError, AdapterSourceError
 from loraplex_shard.lora.peft.config import TO_MODEL, AdapterConfig, check_config
 from loraplex_shard.lora.peft.gguf import gguf_config, is_gguf
 from loraplex_shard.lora.peft.gguf_metadata import MAGIC, read_metadata
 from loraplex_shard.lora.peft.kinds import KINDS, way_out
 from loraplex_shard.lora.peft.mlx import is_mlx, mlx_config
-from loraplex_shard.lora.sources.files import AdapterFiles
+from loraplex_shard.lora.sources.files import CONFIG, AdapterFiles, read_file
 
 _SHOWN_ERRORS = 5
 _FITTING = "or serve the base that training saved, and set init_lora_weights to true"
@@ -34,6 +36,17 @@ def config_of(files: AdapterFiles) -> AdapterConfig:
     """The configuration of an adapter's files. Raises what parse_config raises."""
     is_gguf_file = files.tensors[: len(MAGIC)] == MAGIC
     return parse_config(read_metadata(files.tensors) if is_gguf_file else files.config)
+
+
+def config_in(paths: Mapping[str, Path]) -> AdapterConfig | None:
+    """The configuration among an adapter's files, given by name; None beside a GGUF file. Raises what parse_config
+    raises, and AdapterSourceError if it cannot be read."""
+    if CONFIG not in paths:
+        return None
+    try:
+        return parse_config(bytes(read_file(paths[CONFIG], CONFIG)))
+    except OSError as error:
+        raise AdapterSourceError(f"{CONFIG} cannot be read: {error.strerror}: try again") from error
 
 
 def parse_config(data: bytes) -> AdapterConfig:

@@ -1,0 +1,136 @@
+"""Adapters are read in processes of their own, which may die."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidRequestError, OverloadedError
+from loraplex_shard.lora.sources.local import LocalSource
+from loraplex_shard.lora.stager import NICE, Stager
+from loraplex_shard.lora.store import AdapterStore
+from tests.shard.lora_models import BASE, edit_tensors, layouts, save_adapter, whole_deltas
+
+RANK = """
+import socket, time
+from tests.shard.test_stager import Shared, Stager
+connection, other_end = socket.socketpair()
+stager = Stager({"shared": Shared()})
+print(stager.run(Shared.of(stager).process)[0], flush=True)
+time.sleep(600)
+"""
+
+
+class Shared:
+    """What the rank and its stager both have."""
+
+    @staticmethod
+    def of(stager: Stager) -> "Shared":
+        shared = stager._shared["shared"]
+        assert isinstance(shared, Shared)
+        return shared
+
+    def process(self) -> tuple[int, int, int, int]:
+        """Of the stager and of the call's process: their ids; the latter's priority, and how readily it is killed."""
+        score = int(Path("/proc/self/oom_score_adj").read_text())
+        return os.getppid(), os.getpid(), os.getpriority(os.PRIO_PROCESS, 0), score
+
+    def fail(self, error: Exception) -> None:
+        raise error
+
+    def be_killed(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def stager() -> Iterator[Stager]:
+    with closing(Stager({"shared": Shared()})) as stager:
+        yield stager
+
+
+def test_each_call_is_a_process_of_low_priority_that_is_killed_first_when_memory_runs_out(stager: Stager) -> None:
+    shared = Shared.of(stager)
+    first, second = stager.run(shared.process), stager.run(shared.process)
+    assert first[0] == second[0] and first[1] != second[1]
+    assert first[2:] == (min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE), 1000)
+
+
+def test_errors_arrive_as_they_were_raised(stager: Stager) -> None:
+    shared = Shared.of(stager)
+    with pytest.raises(AdapterInvalidError, match="a wrong tensor"):
+        stager.run(shared.fail, AdapterInvalidError("a wrong tensor"))
+    with pytest.raises(InvalidRequestError) as raised:
+        stager.run(shared.fail, InvalidRequestError(FieldViolation("merged_adapters", "is wrong")))
+    assert raised.value.violations == (FieldViolation("merged_adapters", "is wrong"),)
+    assert str(raised.value) == "merged_adapters: is wrong"
+    with pytest.raises(RuntimeError, match="KeyError: 'a fault of ours'"):
+        stager.run(shared.fail, KeyError("a fault of ours"))
+
+
+def test_a_call_whose_process_is_killed_fails_alone(stager: Stager) -> None:
+    shared = Shared.of(stager)
+    with pytest.raises(OverloadedError, match="has been killed"):
+        stager.run(shared.be_killed)
+    assert stager.run(shared.process)[0] != os.getpid()
+    assert not stager.lost
+
+
+def test_the_rank_learns_that_its_stager_has_ended(stager: Stager) -> None:
+    shared = Shared.of(stager)
+    process = psutil.Process(stager.run(shared.process)[0])
+    process.kill()
+    process.wait(60)
+    with pytest.raises(RuntimeError, match="the stager has ended"):
+        stager.run(shared.process)
+    assert stager.lost
+
+
+def test_a_stager_ends_with_its_rank_however_that_ends() -> None:
+    with subprocess.Popen([sys.executable, "-c", RANK], stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None
+        stager = psutil.Process(int(rank.stdout.readline()))
+        rank.kill()
+    deadline = time.monotonic() + 60
+    while stager.is_running() and stager.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_adapters_that_are_read_apart_are_the_same(tmp_path: Path) -> None:
+    for name in "first", "second":
+        save_adapter(tmp_path / name, seed=len(name), r=4)
+    stores = [
+        AdapterStore(layouts(), dtype, torch.device("cpu"), BASE, [LocalSource(tmp_path)])
+        for dtype in (torch.float32, torch.float32, torch.int8, torch.int8)
+    ]
+    with closing(stores[1].read_apart()), closing(stores[3].read_apart()):
+        for store in stores:
+            for slot, name in enumerate(("first", "second"), start=1):
+                store.load(store.stage(name, "local", "", "").digest, slot)
+        for here, apart in (stores[:2], stores[2:]):
+            for slot in 1, 2:
+                expected, actual = here.adapter_in(slot), apart.adapter_in(slot)
+                torch.testing.assert_close(actual.memory, expected.memory, rtol=0, atol=0)
+                torch.testing.assert_close(whole_deltas([actual]), whole_deltas([expected]), rtol=0, atol=0)
+                assert (actual.widest, actual.int8, actual.size_bytes) == (
+                    expected.widest,
+                    expected.int8,
+                    expected.size_bytes,
+                )
+        shutil.copytree(tmp_path / "first", tmp_path / "broken")
+        edit_tensors(tmp_path / "broken", lambda tensors: tensors.popitem())
+        messages = []
+        for store in stores:
+            with pytest.raises(AdapterInvalidError) as raised:
+                store.stage("broken", "local", "", "")
+            messages.append(raised.value.message)
+        assert len(set(messages)) == 1
