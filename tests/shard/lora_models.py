@@ -87,7 +87,7 @@ def make_base() -> LlamaForCausalLM:
 class HeldWeights:
     """A model's weights, unchanged."""
 
-    tied = False
+    tied, resizable, transposed = False, True, frozenset[str]()
     vocabulary = VocabularyLayout("model.embed_tokens", "lm_head", VOCAB, HIDDEN, 1.0, torch.float32, norms=2)
     norms: Mapping[str, tuple[int, ...]] = {"model.norm.weight": (HIDDEN,)}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,6 +206,23 @@ def test_on_a_rounded_base_logits_change_as_pefts_do_on_the_same_base(
     actual = Sequences(decoder, 4).step(batch, (Segment(len(TOKENS), 2 * len(TOKENS), own),))
     # What is multiplied with rounded matrices is rounded as well.
     assert torch.cosine_similarity((actual["own"] - actual["base"]).flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def test_the_way_out_of_layer_replication_is_the_model_that_peft_computes(tmp_path: Path) -> None:
+    directory = save_checkpoint(BASES["no biases, tied"], tmp_path / "base")
+    save_adapter(directory, tmp_path / "adapter", layer_replication=[[0, 2], [1, 2]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(load_reference(directory), tmp_path / "adapter")
+        with torch.inference_mode():
+            expected = model(torch.tensor([TOKENS])).logits[0]
+        layers = model.get_base_model().model.layers
+        for index, layer in enumerate(layers):
+            layers[index] = deepcopy(layer)
+        model.merge_and_unload().save_pretrained(tmp_path / "model")
+    actual = Sequences(load(tmp_path / "model")).step({"own": TOKENS})["own"]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    assert len(layers) == 3
 
 
 def test_each_rank_holds_its_outputs_and_only_one_adds_the_bias_of_a_sum(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_an_invalid_or_unsupported_config_field_is_named(directory: Path, field:
         ({"init_lora_weights": "loftq"}, "PEFT has no conversion: serve the base that training saved"),
         ({"use_dora": True, "use_bdlora": {"nblocks": 2}}, "PEFT refuses these together"),
         ({"kasa_config": {"beta": 0.1}}, "KaSA takes a part of the base's matrices away: merge_and_unload()"),
-        ({"layer_replication": [[0, 2], [1, 3]]}, "the base would have more layers: merge_and_unload()"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "copy.deepcopy() of each of PEFT's layers"),
         ({"peft_version": "0.22.0", "foo_config": {"a": 1}}, "foo_config: not known here, and may change"),
         ({"peft_type": "OFT"}, "merge_and_unload() in PEFT makes a model of base and adapter"),
         ({"peft_type": "RANDLORA"}, "convert it to LoRA with PEFT's save_as_lora"),

@@ -23,6 +23,9 @@ class ServedWeights:
     """The weights of layers that were loaded from these tensors in this form. `tied` is the name of the embedding's
     tensor if it is also the lm head."""
 
+    resizable = True
+    transposed = frozenset[str]()
+
     def __init__(
         self,
         layers: Iterable[LoadableLayer],

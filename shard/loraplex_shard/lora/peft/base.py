@@ -62,6 +62,16 @@ class ServedWeights(Protocol):
     def vocabulary(self) -> VocabularyLayout: ...
 
     @property
+    def resizable(self) -> bool:
+        """Whether adapters may have another number of tokens."""
+        ...
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Linear modules whose matrices files hold as [in_features, out_features]."""
+        ...
+
+    @property
     def norms(self) -> Mapping[str, tuple[int, ...]]:
         """The shapes of the tensors that are norms' parameters, by name."""
         ...

@@ -46,13 +46,14 @@ UNSUPPORTED_FIELDS = frozenset(
 _WAYS_OUT = {
     "arrow_config": "Arrow chooses among several adapters for each token: ask for one of them",
     "kasa_config": f"KaSA takes a part of the base's matrices away: {TO_MODEL}",
-    "layer_replication": f"the base would have more layers: {TO_MODEL}",
+    "layer_replication": "it gives the base more layers, which other requests do not have: copy.deepcopy() of each of "
+    "PEFT's layers, whose tensors are shared, and then merge_and_unload() make a model, which can be served as a base",
 }
 # Fields whose effect is on every position, so an activated adapter cannot have them.
 _EVERYWHERE = ("modules_to_save", "trainable_token_indices", "layer_replication")
 # What PEFT targets in the served models if a config names no modules.
-CLASSIFIERS = ("score", "classifier")  # the names of transformers for them
 DEFAULT_TARGETS = ("q_proj", "v_proj")
+CLASSIFIERS = ("score", "classifier")  # as transformers calls them
 _SHOWN = 5
 _NEWEST_KNOWN = (0, 21, 2)  # the newest version of PEFT that is known here
 

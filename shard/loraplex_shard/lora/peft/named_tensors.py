@@ -61,8 +61,7 @@ def check_names(
     shapes = {} if base.served is None else base.served.norms
     for name in sorted(trained):
         module, kind = own[name]["module"], own[name]["kind"]
-        # In other modeling code, matrices may be transposed.
-        held_alike = kind == "bias" or base.served is not None
+        held_alike = kind == "bias" or (base.served is not None and module not in base.served.transposed)
         if module in parts and held_alike and _is_loaded(own[name], targets, config):
             layout, part = parts[module]
             shape = {"out_features": part.out_features, "in_features": layout.in_features}

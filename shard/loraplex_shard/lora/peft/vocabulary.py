@@ -153,6 +153,8 @@ class _Reading:
                 outputs[name] = self._take(name)
                 self._check(name, outputs[name], tokens=count)
         own, bias = self._own_rows(half), self._head_bias()
+        if half.tokens and (old := self._base.bias(half.module)) is not None:
+            bias = torch.zeros_like(old)  # with trained tokens, PEFT computes a head without its bias
         if own is None and half.target is None and bias is None:
             return None
         size, matrix = layout.vocab_size, None
@@ -238,6 +240,11 @@ class _Reading:
                     f"{TENSORS}: {given.weight} has {count} tokens, but {half.weight} {has}: save the embedding and the"
                     " lm head as they were in training (PEFT: save_pretrained(..., save_embedding_layers=True))"
                 )
+        if count != self._layout.vocab_size and not self._served.resizable:
+            raise AdapterInvalidError(
+                f"{TENSORS}: {given.weight} has {count} tokens, and the model {self._layout.vocab_size}: adapters with"
+                " more or fewer tokens are not served where transformers' code computes the model"
+            )
         return count
 
     def _own_rows(self, half: Half) -> OwnRows | None:

@@ -9,6 +9,7 @@ from torch import nn
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.embedding import Embedding
 from loraplex_shard.layers.linear import ColumnLinear, RowLinear
+from loraplex_shard.layers.own_head import put_own_logits
 from loraplex_shard.ops.base import Segments, Step
 from loraplex_shard.shapes.layout import LinearLayout
 
@@ -47,6 +48,8 @@ class InPlace(nn.Module):
 
 
 class EmbeddingInPlace(InPlace):
+    layer: Embedding
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if ids.is_meta:
             return torch.empty((*ids.shape, self.layer.matrix_shape[1]), dtype=self.dtype, device="meta")
@@ -61,7 +64,7 @@ class LinearInPlace(InPlace):
         self, layer: ColumnLinear | RowLinear, dtype: torch.dtype, context: ForwardContext, adaptable: bool
     ) -> None:
         super().__init__(layer, dtype, context)
-        self.adaptable = adaptable
+        self.adaptable, self.is_head = adaptable, False
         self.in_features, self.out_features = self.layout.in_features, self.layout.parts[0].out_features
 
     @property
@@ -79,7 +82,10 @@ class LinearInPlace(InPlace):
         return self.compute(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     def compute(self, rows: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.layer(rows.contiguous(), self.context.segments if self.adaptable else ())
+        rows, segments = rows.contiguous(), self.context.segments if self.adaptable else ()
+        out: torch.Tensor = self.layer(rows, segments)
+        if self.is_head and isinstance(segments, tuple):
+            put_own_logits(self.layer.ops, out, rows, segments)
         return out
 
 

@@ -47,11 +47,12 @@ def load_transformers(
     rules = ParallelRules(model.tp_plan or {}, checkpoint.architecture, group.rank, group.size)
     context = ForwardContext(form.device)
     Replacement(traits, rules, group, ops, context, tensor_dtypes).apply(model)
-    for loaded, _ in enumerate(_load(model, tensors, rules, form, tensor_dtypes), start=1):
+    tied = _tied(model, tensors, form.dtype)
+    for loaded, _ in enumerate(_load(model, tensors, rules, form, tensor_dtypes, tied), start=1):
         if progress is not None:
             progress(loaded, len(tensors.names))
     tensors.release()
-    built = TransformersModel(model, tensors, traits, context, group, ops, form)
+    built = TransformersModel(model, tensors, traits, context, group, ops, form, tied is not None)
     with refused_by_name(checkpoint):
         built.check_positions()
     return built
@@ -81,9 +82,9 @@ def _load(
     rules: ParallelRules,
     form: ParameterForm,
     dtypes: Mapping[str, torch.dtype],
+    tied: tuple[InPlace, InPlace] | None,
 ) -> Iterator[str]:
     """Loads the model's tensors, and yields the name of each."""
-    tied = _tied(model, tensors, form.dtype)
     if tied is not None:
         tied[0].layer.matrix = ()  # if it has a bias, that is not tied
     for name, module in model.named_modules():

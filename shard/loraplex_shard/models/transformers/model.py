@@ -13,10 +13,10 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.models.transformers.attention import PagedAttention, attended_by
 from loraplex_shard.models.transformers.experts import ExpertsInPlace
-from loraplex_shard.models.transformers.linear import ForwardContext, LinearInPlace, OnRankZeroAlone
-from loraplex_shard.models.transformers.matrices import LinearMatrices
+from loraplex_shard.models.transformers.linear import EmbeddingInPlace, ForwardContext, LinearInPlace, OnRankZeroAlone
 from loraplex_shard.models.transformers.pass_through_cache import PassThroughCache, cache_argument
 from loraplex_shard.models.transformers.recurrent import RecurrentLayers
+from loraplex_shard.models.transformers.served import LinearMatrices, ServedWeights
 from loraplex_shard.models.transformers.tensors import ModelTensors
 from loraplex_shard.models.transformers.traits import ModelTraits
 from loraplex_shard.ops.base import Operations, Segments, Step
@@ -42,7 +42,6 @@ class TransformersModel:
     """
 
     modeling_code = "transformers"
-    served = None
 
     def __init__(
         self,
@@ -53,7 +52,9 @@ class TransformersModel:
         group: Group,
         ops: Operations,
         form: ParameterForm,
+        tied: bool,
     ) -> None:
+        """`tied`: whether the lm head is the embedding."""
         self._model, self._traits, self._context, self._group, self._ops = model, traits, context, group, ops
         self._device = form.device
         self._cache = PassThroughCache(model.config)
@@ -67,12 +68,23 @@ class TransformersModel:
         experts = [module for module in model.modules() if isinstance(module, ExpertsInPlace)]
         of_experts = [layout for module in experts for layout in module.layouts]
         self.matrices = LinearMatrices(linear, tensors, form)
+        self.served = self._served(tied, form)
         self.uncalled = self._recurrent.uncalled
         self.layouts: tuple[LinearLayout, ...] = (*(module.layout for module in linear), *of_experts)
         self._given: torch.Tensor | None = None
         backbone = model.get_submodule(traits.backbone)
         self._backbone = backbone.forward
         backbone.forward = self._answer
+
+    def _served(self, tied: bool, form: ParameterForm) -> ServedWeights | None:
+        """None if the embedding or the lm head is not ours, or if they have other tokens than the logits."""
+        name, head = self._traits.embedding, self._traits.head
+        embedding = self._model.get_submodule(name) if name else None
+        if not isinstance(embedding, EmbeddingInPlace) or embedding.layer.matrix_shape[0] != self.vocab_size:
+            return None
+        if head and not getattr(self._model.get_submodule(head), "is_head", False):
+            return None
+        return ServedWeights(self.matrices, embedding.layer, self.tensors, form, self._traits.head, tied)
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:

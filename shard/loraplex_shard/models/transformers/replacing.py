@@ -53,6 +53,7 @@ class Replacement:
         for name, module in list(model.named_modules()):
             if name in self.traits.linear:
                 layer = self._linear(name, module, index, name == self.traits.head)
+                layer.is_head = name == self.traits.head and isinstance(layer.layer, ColumnLinear)
                 model.set_submodule(name, layer)
                 index += layer.adaptable
             elif type(module) is nn.Embedding and name == self.traits.embedding:

@@ -33,7 +33,8 @@ class ModelTensors:
         self._stored: dict[str, str] = {}  # the checkpoint's name of each parameter
         self._made: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}  # from several: (name, pattern)
         self.unused: set[str] = set()
-        self._transposed = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, Conv1D)}
+        self.transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
+        self._transposed = {f"{name}.weight" for name in self.transposed}
         self._read_ahead: dict[str, torch.Tensor] = {}
         self._last = "", torch.empty(0)
         self._sort()
