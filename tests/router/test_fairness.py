@@ -74,6 +74,27 @@ def test_a_newcomer_waits_for_at_most_one_step_while_another_tenant_floods(
     assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
 
 
+def test_the_step_of_a_newcomers_first_token_computes_no_prompts_of_a_flood() -> None:
+    world = World(blocks=1000, rows=ROWS, budget=64)
+    for number in range(100):
+        world.submit("", [number] * 30, 5, tenant="loud")
+    met = 0
+    for turn in range(12):
+        for _ in range(3):
+            world.step()
+        newcomer = world.submit("", [1, turn, 1, 1, 1], 4, tenant="quiet")
+        while newcomer.row is None:
+            world.step()
+        (plan,) = [plan for plan, _ in world.in_flight if newcomer in plan.starts]
+        assert all(chunk.length == 1 for chunk in plan.chunks if chunk.sequence is not newcomer)
+        met += any(s.row is not None and s.remaining > 1 for s in world.sequences if s.tenant == "loud")
+        while not newcomer.finished:
+            world.step()
+    assert met  # prompts that would have been computed
+    world.run(20000)
+    assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
+
+
 def test_an_adapter_without_running_sequences_gets_a_row_even_if_another_one_of_its_tenant_has_them_all() -> None:
     world = World(blocks=1000, rows=ROWS)
     for number in range(50):

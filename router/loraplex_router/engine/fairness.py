@@ -106,7 +106,7 @@ class Shares:
         None if nobody has enough more."""
         own = self.of(newcomer)
         payer, share = max(self._active.items(), key=lambda item: item[1].total / item[1].weight)
-        if share is not own and (share.total - 1) / share.weight >= (own.total + 1) / own.weight:
+        if _much_more(share, own):
             return payer, None
         if own.running and newcomer.adapter not in own.running:
             adapter, count = own.running.most_common(1)[0]
@@ -114,8 +114,16 @@ class Shares:
                 return newcomer.payer, adapter
         return None
 
+    def has_much_more(self, sequence: Sequence, other: Sequence) -> bool:
+        """Whether the sequence's tenant has so many more places than the other one's that it would give one up."""
+        return _much_more(self.of(sequence), self.of(other))
+
     def _update(self, payer: Payer) -> None:
         share = self._all[payer]
         if not (share.waiting or share.total):
             self._last = max(self._last, share.served)
             del self._active[payer]
+
+
+def _much_more(share: Share, own: Share) -> bool:
+    return share is not own and (share.total - 1) / share.weight >= (own.total + 1) / own.weight

@@ -2,8 +2,9 @@
 
 Each step mixes decodes and prefill chunks of any adapters under one token budget: first the decodes, then prefills and
 new sequences, starting with the tenant that received the least service; within a tenant, running prefills before new
-sequences. Blocks are allocated as sequences grow. When they run out, the youngest sequence without a chunk in the step
-is preempted: it gives up its blocks and is recomputed later.
+sequences. A plan with the first token of a tenant is not made longer by prompts of a tenant with much more. Blocks are
+allocated as sequences grow. When they run out, the youngest sequence without a chunk in the step is preempted: it gives
+up its blocks and is recomputed later.
 
 New sequences: fairness.py decides whose turn it is, among tenants and their adapters. If all rows or blocks are taken,
 someone with much more than the newcomer yields a place. An adapter may start sequences when it is on the device and
@@ -230,6 +231,7 @@ class Scheduler:
         may_start = self._yield_place()
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
+        firsts: list[Sequence] = []  # whose first token comes with the plan
         budget, started_tokens = self._limits.max_batch_tokens, 0
         running = [sequence for sequence in self._running if not sequence.suspect] if self._suspects else self._running
         foreground = not self._num_background or not background or self._has_foreground(may_start)
@@ -248,20 +250,33 @@ class Scheduler:
         prefills.sort(key=lambda item: self._served(item[0]), reverse=True)
         while budget:
             head = self._next_to_start() if may_start and started_tokens < MAX_STARTED else None
-            if head is None or (head.background and foreground) or not self._find_room(head):
+            if (
+                head is None
+                or (head.background and foreground)
+                or self._makes_way(head, firsts)
+                or not self._find_room(head)
+            ):
                 head, may_start = None, False  # others must not overtake it, or it might wait forever
             if head and not (prefills and self._served(prefills[-1][0]) <= self._served(head)):
                 self._start(head)
                 starts.append(head)
                 started_tokens += len(head.tokens)
-                budget -= self._extend(head, head.remaining, budget, chunks)
+                sequence, remaining = head, head.remaining
             elif prefills:
                 sequence, remaining = prefills.pop()
-                if sequence.row is not None:
-                    budget -= self._extend(sequence, remaining, budget, chunks)
+                if sequence.row is None or self._makes_way(sequence, firsts):
+                    continue
             else:
                 break
+            budget -= self._extend(sequence, remaining, budget, chunks)
+            if not sequence.output_length and sequence.computed == len(sequence.tokens):
+                firsts.append(sequence)
         return self._plan(starts, chunks) if chunks else None
+
+    def _makes_way(self, sequence: Sequence, firsts: list[Sequence]) -> bool:
+        """Whether its prompt has to wait for the next step, so that the first tokens of others, who have much less,
+        come sooner."""
+        return any(self._shares.has_much_more(sequence, first) for first in firsts)
 
     def _has_foreground(self, may_start: bool) -> bool:
         """Whether the next plan is not for background sequences."""
