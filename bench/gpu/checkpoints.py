@@ -70,7 +70,7 @@ def tiny(name: str, **changes: Any) -> PreTrainedConfig:
 class RandomCheckpoint(Checkpoint):
     """Normal values, scaled so that those of activations stay near 1. They depend on a tensor's name alone."""
 
-    prequantized = classifies = is_backbone = False
+    prequantized = in_float8 = classifies = is_backbone = False
     end_token_ids, known_as, sampling_defaults = (), (), {}
     pooling = PoolingSpec()
 

@@ -40,10 +40,10 @@ class ModelSettings(BaseModel):
     )
     quantize: Quantize = Field(
         "auto",
-        description="Format of the model's matrices. auto: the checkpoint's integers (GPTQ, AWQ, ...) are kept, others "
-        "use the dtype. int8, int4, fp8: rounded while loading, or kept if the checkpoint already has them; "
-        "embedding and head stay at int8 or, with fp8, use the dtype. fp8 is for GPUs of compute capability 8.9 or "
-        "above. none: all use the dtype.",
+        description="Format of the model's matrices. auto: the checkpoint's integers (GPTQ, AWQ, ...) are kept, as is "
+        "float8 where the GPU multiplies it; others use the dtype. int8, int4, fp8: rounded while loading, or kept if "
+        "the checkpoint already has them; embedding and head stay at int8 or, with fp8, use the dtype. fp8 is for GPUs "
+        "of compute capability 8.9 or above. none: all use the dtype.",
     )
     kv_dtype: HeldDtype = Field(
         "auto",

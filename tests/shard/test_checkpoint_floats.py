@@ -15,6 +15,7 @@ from loraplex_shard.checkpoint.quantized.floats import Float8, Mxfp4Experts
 from loraplex_shard.checkpoint.quantized.stored import Layout, StoredMatrix
 from loraplex_shard.checkpoint.safetensors.files import SafetensorsFiles
 from loraplex_shard.device.parallel import Group
+from loraplex_shard.layers.parameters import ParameterForm
 from tests.shard.decoders import Sequences, load, load_reference
 from tests.shard.float_checkpoints import BITSANDBYTES, FORMATS, NF4, bitsandbytes_4_bits
 from tests.shard.quantized_checkpoints import WEIGHTS, edit_config, edit_tensor, save_dequantized, save_stored
@@ -87,6 +88,12 @@ def test_fp8_computes_with_the_stored_float8(form: str, tmp_path: Path) -> None:
     fused = torch.cat([weights[DOWN.replace("down", name)] for name in ("gate", "up")])
     assert torch.equal(mlp.gate_up.weight.matrix, fused)
     assert not decoder.lm_head.weight.float8 and not decoder.embedding.weight.float8
+    checkpoint, gate_up = open_checkpoint(str(directory)), mlp.gate_up
+    assert checkpoint.in_float8 and not checkpoint.prequantized
+    for layer, keeps_float8 in ((gate_up, True), (gate_up, False), (decoder.embedding, True)):
+        list(layer.load(checkpoint, ParameterForm(torch.float32, torch.device("cpu"), "auto", keeps_float8)))
+        assert layer.weight.float8 == (keeps_float8 and layer is gate_up)
+    assert torch.equal(gate_up.weight.matrix, fused)
     half = load(directory, group=Group(1, 2), quantize="fp8").layers[0].mlp.down.weight
     assert half.float8 and torch.equal(half.matrix, weights[DOWN][:, weights[DOWN].shape[1] // 2 :])
 

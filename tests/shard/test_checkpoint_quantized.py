@@ -12,6 +12,7 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.kernels.library import instruction_set
 from loraplex_shard.serving import machine
 from tests.shard.decoders import Sequences, load, load_reference, save_checkpoint
+from tests.shard.float_checkpoints import FORMATS
 from tests.shard.operations import BLOCK_SIZE, cpu_operations
 from tests.shard.quantized_checkpoints import (
     METHODS,
@@ -127,13 +128,17 @@ def test_the_ranks_of_a_group_hold_its_parts(saved: Saved, method: Method) -> No
     torch.testing.assert_close(o, whole.attention.o.weight.matrix, rtol=0, atol=1e-6)
 
 
-def test_auto_does_not_quantize_other_checkpoints(tmp_path: Path) -> None:
+def test_auto_does_not_quantize_other_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized, _ = save_quantized(METHODS["AWQ, 64"], tmp_path / "quantized")
     plain = save_checkpoint(llama(), tmp_path / "plain")
     settings = {str(quantized): "auto", str(plain): "none", "": "none"}
     assert {
         path: machine.pick_quantize("auto", open_checkpoint(path), torch.device("cpu")) for path in settings
     } == settings
+    in_float8 = open_checkpoint(str(save_stored(*FORMATS["FBGEMM, by row"], tmp_path / "float8")[0]))
+    assert machine.pick_quantize("auto", in_float8, torch.device("cpu")) == "none"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert machine.pick_quantize("auto", in_float8, torch.device("cuda")) == "auto"
     assert machine.pick_quantize("int4", open_checkpoint(str(plain)), torch.device("cpu")) == "int4"
 
 

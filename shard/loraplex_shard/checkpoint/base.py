@@ -85,6 +85,10 @@ class Checkpoint(Protocol):
         """Whether the checkpoint was quantized in order to compute with the stored integers."""
 
     @property
+    def in_float8(self) -> bool:
+        """Whether the checkpoint has matrices in a float8 form of ops/quantized.py."""
+
+    @property
     def known_as(self) -> tuple[str, ...]:
         """Other names of the model, from the checkpoint's own files."""
 

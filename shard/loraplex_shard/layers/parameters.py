@@ -80,7 +80,8 @@ class ParameterForm:
 
     dtype: torch.dtype
     device: torch.device
-    quantize: Quantize  # how matrices are quantized; auto: they stay in integers if they are stored in integers
+    quantize: Quantize  # how matrices are quantized; auto: they stay in integers or float8 if they are stored so
+    keeps_float8: bool = False  # whether they do for auto: the device multiplies float8
 
 
 class LoadableLayer(nn.Module):
@@ -168,21 +169,28 @@ class LoadableLayer(nn.Module):
 
     def _stored(self, reader: TensorReader, form: ParameterForm, slices: tuple[TensorSlice, ...]) -> Quantized | None:
         """The matrix in the checkpoint's numbers, if all of it is stored in the same form, and that is the wanted
-        one. Where nothing is wanted, float8 is not kept."""
+        one."""
         if form.quantize == "none":
             return None
         parts = [tensor_slice.read_quantized(reader) for tensor_slice in slices]
         stored = [part for part in parts if part is not None]
         whole = joined(stored) if len(stored) == len(parts) else None
-        kept = ("int8", "int4") if form.quantize == "auto" else (self._wanted(form),)
-        return whole if whole is not None and whole.form in kept else None
+        if whole is None or (whole.form == "fp8" and not self._may_be_float8):
+            return None
+        if form.quantize == "auto":
+            return whole if whole.form != "fp8" or form.keeps_float8 else None
+        return whole if whole.form == self._wanted(form) else None
+
+    @property
+    def _may_be_float8(self) -> bool:
+        return self.least_bits < 8 and fits_float8(self.matrix_shape)
 
     def _wanted(self, form: ParameterForm) -> Form | None:
         """The form that the matrix is rounded to, if any."""
         if form.quantize == "auto" or form.quantize == "none" or self.least_bits == FLOAT:
             return None
         if form.quantize == "fp8":
-            return "fp8" if self.least_bits < 8 and fits_float8(self.matrix_shape) else None
+            return "fp8" if self._may_be_float8 else None
         return "int8" if self.least_bits == 8 else form.quantize
 
 

@@ -74,12 +74,17 @@ def pick_dtype(dtype: Dtype, config: PreTrainedConfig, device: torch.device) -> 
 
 
 def pick_quantize(quantize: Quantize, checkpoint: Checkpoint, device: torch.device) -> Quantize:
-    """What becomes of the matrices; auto stays auto where the checkpoint is quantized, and else is none. Raises
-    SettingsError if the device does not compute in the wanted form."""
-    if quantize == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_GPU):
+    """What becomes of the matrices; auto stays auto where the checkpoint is quantized in a form that the device
+    computes with, and else is none. Raises SettingsError if the device does not compute in the wanted form."""
+    if quantize == "fp8" and not multiplies_float8(device):
         needed = ".".join(map(str, FLOAT8_GPU))
         raise SettingsError(f"quantize: fp8 is for GPUs of compute capability {needed} or above; set it to int8 here")
-    return "none" if quantize == "auto" and not checkpoint.prequantized else quantize
+    kept = checkpoint.prequantized or (checkpoint.in_float8 and multiplies_float8(device))
+    return "none" if quantize == "auto" and not kept else quantize
+
+
+def multiplies_float8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8_GPU
 
 
 def longest_context(settings: ModelSettings, config: PreTrainedConfig) -> int:
@@ -106,7 +111,7 @@ def check_room_for(
 ) -> None:
     """Raises SettingsError if a rank's weights cannot fit into free memory: the kernel would kill the process.
     What is compared is the least that they can take."""
-    bits = {"int8": 8, "fp8": 8, "int4": 4}.get(quantize, 4 if checkpoint.prequantized else 8 * dtype.itemsize)
+    bits = {"int8": 8, "fp8": 8, "int4": 4, "auto": 4}.get(quantize, 8 * dtype.itemsize)
     weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
     needed = weights * bits // 8 // tp
     free = _free_memory(device)

@@ -187,7 +187,7 @@ def _load(
     ops = choose_operations(device, dtype, kernels)
     quantize = machine.pick_quantize(settings.quantize, checkpoint, device)
     machine.check_room_for(checkpoint, dtype, quantize, settings.tp, device)
-    form = ParameterForm(dtype, device, quantize)
+    form = ParameterForm(dtype, device, quantize, machine.multiplies_float8(device))
     model = load_model(checkpoint, group, ops, form, max_model_len, progress)
     kv_dtype = torch.int8 if settings.kv_dtype == "int8" else dtype
     keep_freed()  # memory freed by loading is given back to the system

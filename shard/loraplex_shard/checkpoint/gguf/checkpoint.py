@@ -37,6 +37,7 @@ class GgufCheckpoint:
     """Raises CheckpointError for a file that is not GGUF, is cut short, or holds a model of an unknown kind."""
 
     is_backbone = classifies = False
+    in_float8 = False
     prequantized = False  # the operations do not support all blocks, so the default is to dequantize
 
     def __init__(self, path: Path, model_id: str) -> None:

@@ -38,7 +38,9 @@ class Float8:
             shape = files.shape(name)
             block = self._block(shape, files.shape(scale), scale)
             read = partial(_read_float8, files, name, scale, block)
-            found[name] = StoredMatrix(shape, frozenset({name, scale}), in_integers=False, read_part=read)
+            by_row = files.dtype(name) == "F8_E4M3" and block[1] == shape[-1]
+            tensors = frozenset({name, scale})
+            found[name] = StoredMatrix(shape, tensors, in_integers=False, read_part=read, in_float8=by_row)
         return found
 
     def _block(self, shape: tuple[int, ...], scales: tuple[int, ...], scale: str) -> tuple[int, int]:

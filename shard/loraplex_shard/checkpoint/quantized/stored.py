@@ -45,8 +45,9 @@ class StoredMatrix:
 
     shape: tuple[int, ...]
     tensors: frozenset[str]  # the names of all tensors that it is stored in
-    in_integers: bool  # whether most of its parts have a form that the operations compute with
+    in_integers: bool  # whether most of its parts have a form of integers that the operations compute with
     read_part: Callable[[range, range], Part]
+    in_float8: bool = False  # the same, if that form is float8
     in_pieces: bool = True  # whether reading a few rows costs less than reading all
 
     def read(self, rows: slice, columns: slice) -> Part:

@@ -57,6 +57,10 @@ class SafetensorsCheckpoint:
     def prequantized(self) -> bool:
         return any(matrix.in_integers for matrix in self._matrices.values())
 
+    @property
+    def in_float8(self) -> bool:
+        return any(matrix.in_float8 for matrix in self._matrices.values())
+
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
         tokenizer = self._tokenizer
