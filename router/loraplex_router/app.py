@@ -163,6 +163,7 @@ class Router:
             self._tell_health(),
             self._restore_pins(),
             self._usage.run(),
+            self._service.spend(),
             self._announce(ready),
             *followed,
         )

@@ -69,3 +69,18 @@ async def test_a_deadline_that_passes_in_the_queue_costs_nothing() -> None:
     assert tenant.remaining(time.monotonic()) == [Remaining("tokens", 1000, 1000, 0.0)]
     assert (await setup.service.usage("busy"))[1] == []
     await server.stop(0)
+
+
+async def test_the_tokens_of_an_answer_count_while_it_is_written_and_once() -> None:
+    setup = Setup(tenants=TENANTS)
+    engine = asyncio.create_task(setup.engine.run())
+    tenant, before = setup.service.keys.tenant("busy"), 0
+    generation = await setup.service.generate(Request(prompt=(1,), max_new_tokens=100), "busy")
+    async for _ in generation.deltas():
+        setup.service._running.spend()
+        (left,) = tenant.remaining(time.monotonic())
+        assert left.count <= 1000 - 1 - before
+        before = generation.num_generated
+    setup.service.close(generation)
+    assert tenant.take_spent() == 101
+    engine.cancel()

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraplex_protos.errors import UnavailableError
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.redis_store import RedisStore
 from loraplex_router.store.redis_server import RedisServer
@@ -83,6 +84,35 @@ async def test_an_entry_whose_answer_was_lost_is_not_counted_twice(tmp_path: Pat
             assert await ledger.settle([entry(0, 5)]) == [Used(1, 10, 4, 5)]
         assert await ledger.totals([today()]) == {("acme", "a"): Used(1, 10, 4, 5)}
         await server.aclose()
+
+
+class FailingLedger(MemoryLedger):
+    fails = True
+
+    async def settle(self, entries: Sequence[Entry]) -> list[Used]:
+        if self.fails:
+            raise UnavailableError("no answer")
+        return await super().settle(entries)
+
+
+async def test_while_the_ledger_fails_usage_is_kept_within_a_limit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("loraplex_router.usage.usage.MOST_UNSETTLED", 3)
+    setup, told = Setup(), list[dict[str, object]]()
+    usage, engine = setup.telemetry.usage, asyncio.create_task(setup.engine.run())
+    usage.ledger = ledger = FailingLedger()
+    usage.sinks.append(told.append)
+    for number in range(5):
+        await setup.answer(1, tokens=number + 1)
+    assert (await ask(setup, "/usage", None)).status == 503
+    assert [event["generated_tokens"] for event in told] == [1, 2]
+    assert "the usage of 2 requests is not in the store" in caplog.text
+    ledger.fails = False
+    (used,) = json.loads("".join((await ask(setup, "/usage", None)).bodies))["usage"]
+    assert used["generated_tokens"] == 3 + 4 + 5
+    assert [event["generated_tokens"] for event in told] == [1, 2, 3, 4, 5]
+    engine.cancel()
 
 
 class Router:

@@ -117,6 +117,7 @@ class Journal:
         try:
             if parts or old or self._fails is not False:
                 begun = [entry.key for entry in entries if entry.record]
+                begun += [entry.key for entry in old if not entry.generation.finished]  # if others took it for dead
                 await self._store.append(parts, [entry.key for entry in old] or [NOTHING], begun)
         except UnavailableError as error:
             if not self._fails:

@@ -13,7 +13,7 @@ from loraplex_router.engine.output import Generation
 @dataclass(slots=True)
 class RunningRequest:
     visit: Visit
-    generations: list[Generation]  # generations that are not closed yet
+    generations: dict[Generation, int]  # those that are not closed yet, with the tokens of each answer that are spent
 
     @property
     def tenant(self) -> Tenant:
@@ -48,19 +48,27 @@ class RunningRequests:
 
     def begin(self, request_id: str, visit: Visit, generations: Sequence[Generation]) -> None:
         visit.begin_part()
-        self._by_id[request_id] = RunningRequest(visit, list(generations))
+        self._by_id[request_id] = RunningRequest(visit, dict.fromkeys(generations, 0))
 
     def forget(self, request_id: str) -> None:
         """It was not queued."""
         del self._by_id[request_id]
 
+    def spend(self) -> None:
+        """Counts the tokens that answers have so far."""
+        now = time.monotonic()
+        for request in filter(None, self._by_id.values()):
+            for generation, spent in request.generations.items():
+                request.visit.spend(generation.num_generated - spent, now)
+                request.generations[generation] = generation.num_generated
+
     def end(self, generation: Generation) -> None:
         """Closes one of a request's generations."""
         request = self._by_id[generation.request_id]
         assert request is not None
-        request.generations.remove(generation)
+        spent = request.generations.pop(generation)
         never_ran = generation.started is None  # then its prompt cost nothing
-        tokens = -generation.num_prompt if never_ran else generation.num_generated
+        tokens = -generation.num_prompt if never_ran else generation.num_generated - spent
         request.visit.spend(tokens, time.monotonic())
         if not request.generations:
             del self._by_id[generation.request_id]

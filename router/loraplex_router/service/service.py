@@ -57,6 +57,7 @@ from loraplex_router.vocabulary.volume import Volume
 
 FEW_INPUTS = 32  # to embed before other tasks get a turn
 FORMER_SECONDS = 5.0  # how long a request that is resumed may take to end
+SPEND_SECONDS = 1.0
 HANDED_OVER = "the server is shutting down: resume the stream, which another router continues"
 
 
@@ -354,6 +355,12 @@ class Service:
         self._replicas.changes.notify()
         if self._journal is not None:
             self._journal.end(generation)
+
+    async def spend(self) -> None:
+        """Counts the tokens of running answers for their keys' limits, from time to time. Runs until cancelled."""
+        while True:
+            await asyncio.sleep(SPEND_SECONDS)
+            self._running.spend()
 
     @property
     def num_running(self) -> int:
