@@ -52,14 +52,17 @@ def draw(logits: Tensor, uniform: NDArray[np.float64]) -> Tensor:
 
 
 def draw_some(logits: Tensor, tokens: Tensor, vocab: int, uniform: NDArray[np.float64]) -> Tensor:
-    """The same for rows of a vocabulary of which only these tokens [n, count] are left, in any order."""
+    """The same for rows of a vocabulary of which only these tokens [n, count] are left, the likeliest first."""
+    places = torch.arange(tokens.shape[-1], device=tokens.device)
+    most = int(torch.where(logits > -torch.inf, places, 0).amax()) + 1
+    logits, tokens, places = logits[:, :most], tokens[:, :most], places[:most]
     strands = -(-vocab // STRAND)
     order = (tokens % strands * STRAND + tokens // strands).argsort(-1)
     weights = logits.softmax(-1).gather(-1, order)
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     targets = to_device([uniform[:, None]], logits.device)[0] * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, targets, right=True)
-    last = torch.where(weights > 0, torch.arange(weights.shape[-1], device=weights.device), 0).amax(-1, keepdim=True)
+    last = torch.where(weights > 0, places, 0).amax(-1, keepdim=True)
     return tokens.gather(-1, order.gather(-1, torch.minimum(place, last)))[:, 0]
 
 
