@@ -43,7 +43,7 @@ image:
 bench: $(VENV)/test
 	THP_MEM_ALLOC_ENABLE=1 GOMP_SPINCOUNT=3000 $(BIN)/python -m bench.engine $(ARGS)
 
-# Fetches into .whl what `make gpu-check` needs on a machine with a GPU, but without a network: docs/gpu.md.
+# Fetches into .whl what `make gpu-check` needs on a machine with a GPU, but without a network: docs/measuring.md.
 gpu-wheels: $(VENV)/serve
 	rm -rf .whl
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir .whl .
@@ -55,7 +55,7 @@ gpu-wheels: $(VENV)/serve
 gpu-check:
 ifneq ($(wildcard .whl/*.whl),)
 	python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target build/gpu .whl/*.whl
-	PYTHONPATH=.:router:shard:client:build/gpu python3 -m bench.gpu all $(ARGS)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/router:$(CURDIR)/shard:$(CURDIR)/client:$(CURDIR)/build/gpu" python3 -m bench.gpu all $(ARGS)
 else
 	$(MAKE) $(VENV)/test
 	$(BIN)/python -m bench.gpu all $(ARGS)

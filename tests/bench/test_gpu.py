@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,40 @@ def test_everything_passes_tiny_and_is_written(tmp_path: Path) -> None:
     for result in results:
         assert f"PASS  {result['section']}: {result['check']}" in done.stdout
         assert not result["rows"] or f"\n{result['section']}\n" in done.stdout
+
+
+# The libraries around transformers that a machine for machine learning has, where torch for CUDA is.
+THERE = {
+    "accelerate",
+    "huggingface-hub",
+    "jinja2",
+    "numpy",
+    "prometheus-client",
+    "psutil",
+    "pyyaml",
+    "rich",
+    "safetensors",
+    "sentencepiece",
+    "tiktoken",
+    "torch",
+    "typer",
+    "uvloop",
+}
+
+
+def test_the_wheels_are_what_the_services_need_besides_the_usual_libraries() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = {canonical(line) for line in (*project["dependencies"], *extras["router"], *extras["shard"])}
+    lines = (ROOT / "bench/gpu/wheels.txt").read_text().splitlines()
+    wheels = {canonical(line) for line in lines if not line.startswith("#")}
+    assert wanted - wheels == THERE, "add them to bench/gpu/wheels.txt"
+    pinned = {canonical(line) for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert wheels <= pinned, "add them to constraints.txt"
+
+
+def canonical(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
 
 
 def ends(how: str) -> Row:
