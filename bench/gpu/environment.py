@@ -43,11 +43,11 @@ def _timed(device: DeviceName, work: Callable[[], object]) -> float:
         work()
         return time.perf_counter() - began
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()  # type: ignore[no-untyped-call]
+    start.record()
     work()
-    stop.record()  # type: ignore[no-untyped-call]
-    stop.synchronize()  # type: ignore[no-untyped-call]
-    return float(start.elapsed_time(stop)) / 1e3  # type: ignore[no-untyped-call]
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
 
 
 @cache

@@ -37,8 +37,8 @@ def _run(device: DeviceName) -> Row:
         except subprocess.TimeoutExpired as error:
             lines = (error.stdout or b"").decode().splitlines()
             counts = ", ".join(f"{sum(word in line for line in lines)} {word}" for word in ("PASSED", "FAILED"))
-            failed = " ".join(line.split(" ", 2)[-1] for line in lines if "FAILED" in line)
-            raise AssertionError(f"the tests took more than {SECONDS:.0f} s; by then, {counts} {failed}") from error
+            names = " ".join(line.split(" ", 2)[-1] for line in lines if "FAILED" in line)
+            raise AssertionError(f"the tests took more than {SECONDS:.0f} s; by then, {counts} {names}") from error
         assert report.exists(), f"pytest ended with status {done.returncode}: {(done.stdout + done.stderr)[-1500:]}"
         cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [(case.get("name", ""), found) for case in cases for found in (*case.iter("failure"), *case.iter("error"))]
