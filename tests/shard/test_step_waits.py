@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from loraplex_protos.generation_pb2 import Sampling
+from loraplex_protos.shard_pb2 import BadWord
 from loraplex_shard.checkpoint import open_checkpoint
+from loraplex_shard.device.copies import Mark
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.models import load_model
@@ -66,7 +69,7 @@ def decode(runner: Runner, slots: Sequence[int], sampling: Sampling = GREEDY, le
     "sampling",
     [
         GREEDY,
-        Sampling(temperature=1, seed=3),
+        Sampling(temperature=1, seed=3, top_k=5, top_p=0.9, min_p=0.01),
         Sampling(repetition_penalty=1.2, frequency_penalty=0.1),
         Sampling(logit_bias={5: 1.0}),
     ],
@@ -121,6 +124,28 @@ def test_a_recorded_pass_is_one_launch(checkpoint: Path, slots: list[int]) -> No
     assert counts["waits"] == 0
     # Tokens and blocks are written and read, the memory of the recorded pass is filled, and tokens are chosen.
     assert counts["launches"] <= 18
+
+
+@pytest.mark.parametrize(
+    ("constraint", "waits"),
+    [
+        ({"min_new_tokens": 4, "end_token_ids": [2]}, 0),
+        ({"allowed_token_ids": [3, 4]}, 0),
+        ({"bad_words": [BadWord(tokens=[3, 4])]}, 1),
+    ],
+    ids=["least length", "allowed tokens", "bad words"],
+)
+def test_a_step_is_waited_for_if_the_next_one_must_know_its_tokens(
+    runner: Runner, constraint: dict[str, object], waits: int
+) -> None:
+    runner.clear()
+    planner = Planner()
+    planner.start(0, random_tokens(9, 0), **constraint)
+    planner.start(1, random_tokens(9, 1))
+    with counted() as counts, patch("loraplex_shard.stepping.progress.Mark", wraps=Mark) as marks:
+        planner.run(runner.step, {0: 9, 1: 9})
+    assert counts["waits"] == 0
+    assert marks.call_count == waits
 
 
 def test_the_count_notices_what_waits(runner: Runner) -> None:

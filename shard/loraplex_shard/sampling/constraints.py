@@ -111,6 +111,8 @@ class Constraints:
     def begin(self, rows: Sequence[int], lengths: Sequence[int]) -> Masks | None:
         """Starts computing what may follow in these rows, whose sequences have these lengths. None: anything, in all
         rows."""
+        if not (self._matchers or self._only or self._bans or self._bad_words):
+            return None
         matchers = [self._matchers.get(row) for row in rows]
         banned = [self._banned(row, length) for row, length in zip(rows, lengths, strict=True)]
         narrowed = [row in self._matchers or row in self._only or row in self._bad_words for row in rows]
@@ -124,6 +126,10 @@ class Constraints:
             [banned[place] for place in places],
         )
         return Masks(np.array(places), future)
+
+    def follows(self, rows: Sequence[int]) -> bool:
+        """Whether what some of these rows may sample depends on what they sample before, so that `accept` must know."""
+        return any(row in self._matchers or row in self._bad_words for row in rows)
 
     def accept(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Accepts the tokens sampled after `begin`."""

@@ -105,7 +105,7 @@ def head(logits: Tensor, parameters: NDArray[np.void]) -> tuple[Tensor, Tensor, 
 def _sample(logits: Tensor, parameters: NDArray[np.void], uniform: NDArray[np.float64]) -> Tensor:
     """Draws a token from each row. It depends on the row alone."""
     others = np.any([stage.needed(parameters) for stage in OTHERS], axis=0)
-    if logits.device.type != "cuda" or others.all():
+    if logits.device.type == "cpu" or others.all():
         return draw_each(logits, parameters, uniform)
     # Triton is installed only with torch for CUDA.
     from loraplex_shard.sampling.cuda import draw as draw_at_once

@@ -1,8 +1,8 @@
 """A step whose forward pass has been enqueued: what is sampled after it, and what is answered of it.
 
 All ranks go through it together. Rank 0 alone sees logits, samples and answers; the others learn from it what was
-sampled. On a GPU, nothing here waits for the device, except for sequences with grammars, whose next tokens depend on
-the last one.
+sampled. On a GPU, nothing here waits for the device, except for sequences with grammars or bad words, whose next tokens
+depend on the last one.
 """
 
 from collections.abc import Iterator
@@ -137,7 +137,7 @@ class StepInProgress:
             tokens = sampler.sample(allowed, self._rows.sampling[rows], self._rows.history(rows, lengths))
         self._group.broadcast_(tokens)
         self._rows.record(self._sampled, tokens)
-        if self._masks is not None:
+        if self._masks is not None and self._constraints.follows(rows.tolist()):
             sampled = to_host(tokens)
             Mark(tokens.device).wait()
             self._constraints.accept(rows.tolist(), sampled.tolist())
