@@ -9,6 +9,7 @@ Requests without the credentials that a store sets in the environment are refuse
 
 import base64
 import hashlib
+import json
 import ssl
 import threading
 from abc import ABC, abstractmethod
@@ -19,7 +20,10 @@ from typing import Self
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+import google_crc32c
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 SECRET = "c2VjcmV0LXRoYXQtbm8tbWVzc2FnZS1zaG93cw=="
 CREATED = "Wed, 21 Oct 2015 07:28:00 GMT"
@@ -70,6 +74,10 @@ class StandInStore(ABC):
         """The ETag of an object."""
         return f'"{hashlib.md5(self.salt + data).hexdigest()}"'
 
+    def checksums(self, data: bytes) -> dict[str, str]:
+        """The headers of an object that have checksums."""
+        return {}
+
     def push(self, folder: str, files: dict[str, bytes]) -> None:
         self.objects |= {f"{folder}/{name}": data for name, data in files.items()}
 
@@ -111,8 +119,29 @@ class StandInGCS(StandInS3):
         return {"GOOGLE_BASE_URL": url, "GOOGLE_BEARER_TOKEN": SECRET}
 
 
+class StandInComposedGCS(StandInGCS):
+    """Of objects that are composed of parts, for a service account, which signs addresses by itself."""
+
+    authorization, signature = "Bearer ey", "X-Goog-Credential=standin@example.com"
+
+    def environment(self, url: str) -> dict[str, str]:
+        key = rsa.generate_private_key(65537, 2048)
+        form = Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+        account = {"private_key": key.private_bytes(*form).decode(), "private_key_id": "1", "gcs_base_url": url}
+        return {"GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps({**account, "client_email": "standin@example.com"})}
+
+    def tag(self, data: bytes) -> str:
+        return f'"CK{len(data)}=="'
+
+    def checksums(self, data: bytes) -> dict[str, str]:
+        return {"x-goog-hash": f"crc32c={base64.b64encode(google_crc32c.value(data).to_bytes(4)).decode()}"}
+
+
 class StandInAzure(StandInStore):
     scheme, authorization, signature = "az", "SharedKey standin:", "sig="
+
+    def checksums(self, data: bytes) -> dict[str, str]:
+        return {"Content-MD5": base64.b64encode(hashlib.md5(data).digest()).decode()}
 
     def environment(self, url: str) -> dict[str, str]:
         account = {"AZURE_STORAGE_ACCOUNT_NAME": "standin", "AZURE_STORAGE_ACCOUNT_KEY": SECRET}
@@ -154,9 +183,7 @@ def _handler_of(store: StandInStore) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(data) - first))
             self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
             self.send_header("ETag", etag)
-            if store.scheme == "az":
-                self.send_header("Content-MD5", base64.b64encode(hashlib.md5(data).digest()).decode())
-            for name, value in store.more_headers.items():
+            for name, value in (store.more_headers | store.checksums(data)).items():
                 self.send_header(name, value)
             self.send_header("Last-Modified", CREATED)
             self.end_headers()

@@ -30,7 +30,7 @@ from loraplex_shard.serving.server import open_sources
 from loraplex_shard.settings import ModelSettings, SettingsError
 from tests.shard.lora_models import BASE, layouts, save_adapter
 from tests.stand_in_hub import StandInHub
-from tests.stand_in_stores import SECRET, StandInAzure, StandInGCS, StandInS3, StandInStore
+from tests.stand_in_stores import SECRET, StandInAzure, StandInComposedGCS, StandInGCS, StandInS3, StandInStore
 
 NAMES = {"s3": "s3", "gs": "gcs", "az": "azure"}
 
@@ -225,6 +225,22 @@ def test_what_arrives_damaged_is_fetched_again_and_then_refused(
     store.damaged = 100
     with pytest.raises(AdapterSourceError, match=f"{CONFIG} of 'other' arrived damaged: its MD5 is .*, but .* says"):
         stage(store, "other")
+
+
+def test_what_google_has_composed_of_parts_is_compared_by_its_crc32c(
+    monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes], caplog: pytest.LogCaptureFixture
+):
+    for name in ("GOOGLE_BASE_URL", "GOOGLE_BEARER_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with StandInComposedGCS(monkeypatch) as gcs:
+        gcs.push("bucket/team/a/sql", files)
+        gcs.damaged = 1
+        assert bytes(source_of(gcs).locate("sql", "", "").read().tensors) == files[TENSORS]
+        assert caplog.text.count("arrived damaged: its CRC32C is") == 1
+        gcs.push("bucket/team/a/other", {CONFIG: files[CONFIG], TENSORS: files[TENSORS] + b" "})
+        gcs.damaged = 100
+        with pytest.raises(AdapterSourceError, match=f"{CONFIG} of 'other' arrived damaged: its CRC32C is .*, but"):
+            stage(gcs, "other")
 
 
 @pytest.mark.parametrize(

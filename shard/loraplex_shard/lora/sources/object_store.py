@@ -5,7 +5,8 @@ Credentials, region and endpoint are the server's. obstore finds them in variabl
 role. They never appear in a message.
 
 What arrives is compared with the checksum that the store says: of S3 and Google Cloud Storage, the ETag where it is an
-MD5; of Azure, Content-MD5. obstore compares nothing. Files are kept on this machine's disk.
+MD5; of Azure, Content-MD5; of what Google Cloud Storage has composed of parts, its CRC32C. obstore compares nothing.
+Files are kept on this machine's disk.
 """
 
 import base64
@@ -13,14 +14,16 @@ import hashlib
 import os
 import re
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from email.message import Message
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 from urllib.request import Request, urlopen
 
+import google_crc32c
 import obstore
 from huggingface_hub import constants
 from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, PreconditionError, UnauthenticatedError
@@ -62,6 +65,7 @@ PAGE, MOST_LISTED = 1000, 10_000  # objects
 LONGEST_READ = timedelta(hours=1)
 SIGNED_FOR = timedelta(minutes=1)
 _MD5 = re.compile(r"[0-9a-f]{32}")
+_CRC32C = re.compile(r"\bcrc32c=([\w+/]{6}==)")
 
 # Parts of obstore's error messages.
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")
@@ -153,16 +157,30 @@ class ObjectStoreSource(Source):
     def _compare(self, name: str, file: File, output: IO[bytes]) -> None:
         """Compares what has arrived with what the store says about it. Empties the output if it is not the same."""
         size = output.tell()
+        if size != file.size:
+            difference = f"it has {size} bytes", str(file.size)
+        elif (found := self._other_checksum(file, output)) is None:
+            return
+        else:
+            difference = found
+        output.truncate(0)
+        raise SourceBusyError(f"{name} arrived damaged: {difference[0]}, but {self._kind.title} says {difference[1]}")
+
+    def _other_checksum(self, file: File, output: IO[bytes]) -> tuple[str, str] | None:
+        """What the checksum is, and what the store says it is; None if it is the same, or is not known."""
         output.seek(0)
         got = hashlib.file_digest(output, "md5").hexdigest()  # type: ignore[arg-type]
-        said = self._md5_of(file, got)
-        if size == file.size and said in ("", got):
-            return
-        output.truncate(0)
-        differs = f"its MD5 is {got}, but {self._kind.title} says {said}"
-        if size != file.size:
-            differs = f"it has {size} bytes, but {self._kind.title} says {file.size}"
-        raise SourceBusyError(f"{name} arrived damaged: {differs}")
+        if said := self._md5_of(file, got):
+            return None if said == got else (f"its MD5 is {got}", said)
+        hashes = ",".join(self._headers(file.place).get_all("x-goog-hash", ())) if self.name == "gcs" else ""
+        if not (match := _CRC32C.search(hashes)):
+            return None
+        output.seek(0)
+        crc = 0
+        while chunk := output.read(CHUNK):
+            crc = google_crc32c.extend(crc, chunk)
+        found = base64.b64encode(crc.to_bytes(4)).decode()
+        return None if found == match[1] else (f"its CRC32C is {found}", match[1])
 
     def _md5_of(self, file: File, got: str) -> str:
         """The MD5 of a file as the store says it, in hex; empty if it does not. `got` is what has arrived."""
@@ -179,16 +197,17 @@ class ObjectStoreSource(Source):
                 return ""  # what is encrypted with the user's own keys has an ETag that only looks like an MD5
         return tag
 
-    def _headers(self, place: str) -> Mapping[str, str]:
+    def _headers(self, place: str) -> Message:
         """The headers of an object, which obstore does not pass on. Empty if they cannot be asked for, as with
         credentials that sign no addresses."""
         assert isinstance(self._store, S3Store | GCSStore | AzureStore)
         try:
             address = obstore.sign(self._store, "HEAD", place, SIGNED_FOR)
             with urlopen(Request(address, method="HEAD"), timeout=self._timeout_s, context=self._trusted) as answer:
-                return dict(answer.headers.items())
+                headers: Message = answer.headers
+                return headers
         except (BaseError, OSError, ValueError):
-            return {}
+            return Message()
 
     @cached_property
     def _trusted(self) -> ssl.SSLContext:
