@@ -2,6 +2,7 @@
 tokens. A list of the kernels' calls, with the memory that they had, takes a CUDA graph's place."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,13 +15,19 @@ from triton.runtime.interpreter import GridExecutor
 
 from loraplex_protos.shard_pb2 import StepResponse
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.ops.cuda.graphs import Record
+from loraplex_shard.ops.cuda.graphs import Record, Recordings
 from loraplex_shard.ops.cuda.operations import CudaOperations
+from loraplex_shard.ops.cuda.step import BUCKETS, CudaStep, Form
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.shapes.adapter import AdapterWeights
-from loraplex_shard.shapes.layout import LinearLayout
+from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.cache import KVCache
+from loraplex_shard.shapes.heads import Heads
+from loraplex_shard.shapes.layout import LinearLayout, LinearPart
+from loraplex_shard.shapes.own_weights import NOTHING, OwnWeights
 from loraplex_shard.stepping.runner import Runner
 from tests.shard.decoders import adapter_for, load, save_checkpoint
+from tests.shard.operations import paged_batch
 from tests.shard.planner import BLOCK_SIZE, MAX_MODEL_LEN, NUM_BLOCKS, Planner, random_tokens
 
 # What lies behind a step's tokens is computed, too, and is whatever was in the memory.
@@ -178,3 +185,80 @@ def test_recorded_passes_serve_chunks_decodes_and_any_adapters(checkpoint: Path)
     assert recorded.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
     assert plain.records == 0
     assert recorded.records < len(recorded.answers)
+
+
+def test_where_nothing_can_be_recorded_after_all_steps_are_computed_as_before(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(compute: Compute) -> tuple[torch.Tensor, Callable[[], None]]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    plain, failing = Shard(checkpoint, None), Shard(checkpoint, fail)
+    for shard in (plain, failing):
+        shard.start(0, 2, 1)
+        shard.run({0: 1})
+        for _ in range(2):
+            shard.run({0: 1})
+    assert failing.tokens == plain.tokens
+    assert failing.records == 1
+    assert "not permitted when stream is capturing" in caplog.text
+
+
+HEADS = Heads(query=4, kv=2, dim=8)
+KINDS = ((HEADS, torch.float32),)
+
+
+def step_of(chunks: list[tuple[int, int]]) -> CudaStep:
+    """A step of chunks (positions before, tokens)."""
+    return CudaStep.of(paged_batch(chunks, 0)[0], KINDS, CPU, recordable=True)
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_in_each_bucket_a_recording_reads_the_steps_own_numbers_and_writes_padding_to_the_spare_block(
+    bucket: int,
+) -> None:
+    cache = KVCache((HEADS,), 8, BLOCK_SIZE, torch.float32, CPU)
+    recordings, read = Recordings(computed), list[CudaStep]()
+
+    def compute(step: CudaStep) -> torch.Tensor:
+        read.append(step)
+        return torch.stack([step.batch.positions, step.batch.cache_indices], dim=1)
+
+    smaller = max((each for each in BUCKETS if each < bucket), default=0) + 1
+    tables = paged_batch([(0, 1)], 0)[0].block_tables
+    for tokens in (bucket, smaller, bucket):
+        step = step_of([(before, 1) for before in range(tokens)])
+        step = replace(step, batch=replace(step.batch, block_tables=tables))  # all steps have the same
+        expected = torch.stack([step.batch.positions, step.batch.cache_indices], dim=1)
+        assert recordings.run(step, cache, compute).equal(expected)
+        assert step.form and step.form.tokens == bucket == len(read[-1].batch.positions)
+        assert (read[-1].batch.cache_indices[tokens:] == cache.spare_index).all()
+        own, lists = step.tiles[KINDS[0]], read[-1].tiles[KINDS[0]]
+        for name in ("short", "long", "split"):
+            assert getattr(own, name).numbers.equal(getattr(lists, name).numbers)
+    assert len({id(each) for each in read}) == 1
+
+
+@pytest.mark.parametrize(
+    ("chunks", "form"),
+    [
+        ([(0, 1)] * 3, Form(4, 512, long=False, widest=0, int8=False)),
+        ([(600, 1)] * 300, Form(384, 4096, long=False, widest=0, int8=False)),
+        ([(0, 9), (40, 1)], Form(16, 512, long=True, widest=0, int8=False)),
+        ([(0, 512)], Form(512, 512, long=True, widest=0, int8=False)),
+        ([(0, 513)], None),
+        ([(8200, 1)] * 300, None),
+    ],
+    ids=["decodes", "split decodes", "a chunk and a decode", "the largest", "too many tokens", "too many parts"],
+)
+def test_a_steps_form_is_the_least_that_it_fits_into(chunks: list[tuple[int, int]], form: Form | None) -> None:
+    assert step_of(chunks).form == form
+
+
+@pytest.mark.parametrize(("own", "recordable"), [(NOTHING, True), (OwnWeights(norms=(torch.ones(4),)), False)])
+def test_adapters_that_are_computed_one_by_one_are_not_recorded(own: OwnWeights, recordable: bool) -> None:
+    ops = CudaOperations(CPU, computed)
+    layouts = (LinearLayout("fused", 0, (LinearPart("p", 8, (slice(0, 8),)),), 8, slice(0, 8)),)
+    batch, _ = paged_batch([(0, 2)], 0)
+    adapter = replace(adapter_for(layouts), own=own)
+    assert ops.is_recordable(replace(batch, segments=(Segment(0, 2, adapter),))) is recordable

@@ -78,7 +78,7 @@ class CudaOperations(ExpertOperations):
                 return Float8Weight(matrix.values.to(self._device), matrix.scales.to(self._device))
 
     def prepare(self, batch: Batch) -> CudaStep:
-        return CudaStep.of(batch, self._kinds, self._device, self._is_recordable(batch))
+        return CudaStep.of(batch, self._kinds, self._device, self.is_recordable(batch))
 
     def forward(
         self, step: CudaStep, cache: KVCache, group: Group, compute: Callable[[CudaStep], torch.Tensor]
@@ -89,7 +89,7 @@ class CudaOperations(ExpertOperations):
         self._kinds = tuple(step.tiles)
         return hidden
 
-    def _is_recordable(self, batch: Batch) -> bool:
+    def is_recordable(self, batch: Batch) -> bool:
         """Whether all that the batch needs can be recorded. What runs for one adapter after the other, or waits for the
         device, cannot."""
         adapters = [segment.adapter for segment in batch.segments]
