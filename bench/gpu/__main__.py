@@ -24,7 +24,9 @@ def gpu(
     """Check and measure the shard on one GPU. The exit status is 1 if a check failed."""
     began = time.monotonic()
     os.environ["TRITON_INTERPRET"] = str(int(device == "cpu"))  # before anything imports Triton
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
+        "1"  # whether there is a GPU is found out without using it, as forks need
+    )
     # The libraries are imported once, by the process that all others are forked from.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.gpu.sections"])

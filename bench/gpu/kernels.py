@@ -11,7 +11,7 @@ from bench.gpu.batches import batch_of
 from bench.gpu.check import Check, DeviceName, Row
 from bench.gpu.checkpoints import many_adapters
 from bench.gpu.decode import SIZES, make_stepper
-from bench.gpu.environment import ceilings, seconds
+from bench.gpu.environment import captured, ceilings, seconds
 from loraplex_shard.ops.base import Norm
 from loraplex_shard.ops.cuda import attention, elementwise, experts, lora, quantized, rotary
 from loraplex_shard.ops.quantized import quantize
@@ -37,7 +37,7 @@ def checks(device: DeviceName) -> Iterator[Check]:
 
 
 def _row(device: DeviceName, kernel: str, shape: str, work: Callable[[], object], read: float, flops: float) -> Row:
-    spent, found = seconds(device, work), ceilings(device)
+    spent, found = seconds(device, captured(device, work)), ceilings(device)
     floor = max(read / found.bytes_per_second, flops / found.flops)
     return {
         "kernel": kernel,

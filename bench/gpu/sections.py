@@ -8,6 +8,7 @@ from bench.gpu import (
     decoders,
     environment,
     graphs,
+    host,
     kernels,
     large,
     memory,
@@ -35,7 +36,8 @@ SECTIONS = (
     Section("adapters", "speed", 20, adapters.checks),
     Section("memory", "speed", 15, memory.checks),
     Section("kernels", "speed", 40, kernels.checks),
-    Section("served", "speed", 70, served.checks),
+    Section("served", "speed", 80, served.checks),
+    Section("host", "profile", 20, host.checks),
     Section("steps", "profile", 25, profile.steps),
     Section("kernels of steps", "profile", 25, profile.kernels),
 )

@@ -38,12 +38,12 @@ LOADS: dict[DeviceName, tuple[tuple[int, int], ...]] = {
 }
 ADAPTERS: dict[DeviceName, int] = {"cuda": 32, "cpu": 2}
 TOKENS: dict[DeviceName, tuple[int, int]] = {"cuda": (256, 128), "cpu": (5, 3)}  # of prompts and of answers
-START_SECONDS = 60
+START_SECONDS = 120  # kernels are compiled, and passes recorded
 
 
 def checks(device: DeviceName) -> Iterator[Check]:
     """One server for all loads, so they are one check."""
-    yield Check("loraplex serve", partial(_serve, device), 110)
+    yield Check("loraplex serve", partial(_serve, device), 200)
 
 
 def _serve(device: DeviceName) -> list[Row]:

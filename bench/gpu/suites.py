@@ -1,6 +1,7 @@
 """The tests of operations and of the runner, on the device: what CI runs in Triton's interpreter."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from bench.gpu.check import Check, DeviceName, Row
 ROOT = Path(__file__).parents[2]
 SUITES = ("tests/shard/test_ops_cuda.py", "tests/shard/test_sampling_cuda.py", "tests/shard/test_runner.py")
 FEW = "large_logits or restarted_sequence"  # Triton's interpreter is slow, and CI runs them anyway
+SANITIZED = "adapters_and_the_base or prefix_of_another"
 PROCESSES = 12  # most of the time, they compile kernels
 SECONDS = 100.0
 SECONDS_PER_TEST = 60
@@ -21,6 +23,33 @@ SECONDS_PER_TEST = 60
 
 def checks(device: DeviceName) -> Iterator[Check]:
     yield Check(" ".join(Path(file).name for file in SUITES), partial(_run, device), SECONDS + 10)
+    if device == "cuda":
+        yield Check("compute-sanitizer", _sanitize)
+
+
+def _sanitize() -> Row:
+    """Kernels read and write only what is theirs. Each tensor has an allocation of its own."""
+    if (tool := shutil.which("compute-sanitizer")) is None:
+        return {"compute-sanitizer": "not installed"}
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
+    command += [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "default",
+        *SUITES,
+        "-k",
+        SANITIZED,
+    ]
+    env = {**os.environ, "LORAPLEX_TEST_DEVICE": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith("=========")]
+    assert done.returncode == 0, f"status {done.returncode}: {' '.join(found[:20]) or done.stdout[-1500:]}"
+    return {"compute-sanitizer": found[-1].strip("= ")}
 
 
 def _run(device: DeviceName) -> Row:
