@@ -29,6 +29,7 @@ INFO = pb.GetInfoResponse(
     block_size=16,
     num_blocks=4096,
     max_sequences=32,
+    max_batch_tokens=256,
     protocol_version=PROTOCOL_VERSION,
     adapter_host_bytes=1 << 40,
 )
@@ -65,8 +66,8 @@ class StandInShard(ShardServiceServicer):
             tokenizer_json=tokenizer.to_str().encode(), chat_template="{{ messages[-1]['content'] }}"
         )
 
-    async def Warmup(self, request: pb.WarmupRequest, context: Context) -> pb.WarmupResponse:
-        return pb.WarmupResponse()
+    async def Reset(self, request: pb.ResetRequest, context: Context) -> pb.ResetResponse:
+        return pb.ResetResponse()
 
     async def StageAdapter(self, request: pb.StageAdapterRequest, context: Context) -> pb.StageAdapterResponse:
         self.stages += 1

@@ -205,7 +205,14 @@ ADAPTERS = (
         "Shards",
         (
             Panel("Adapters by tier", "short", (("sum by (tier) (loraplex_shard_adapters{JOB})", "{{tier}}"),)),
-            Panel("Host memory", "bytes", (("loraplex_shard_adapter_host_bytes{JOB}", "{{instance}}"),)),
+            Panel(
+                "Memory of adapters",
+                "bytes",
+                (
+                    ("loraplex_shard_adapter_host_bytes{JOB}", "{{instance}}, host"),
+                    ("loraplex_shard_adapter_device_bytes{JOB}", "{{instance}}, device"),
+                ),
+            ),
             Panel("Load time, p99", "s", quantiles("loraplex_shard_adapter_load_seconds", by="tier")),
             Panel("Step duration, p99", "s", quantiles("loraplex_shard_step_duration_seconds", by="instance")),
         ),

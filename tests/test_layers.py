@@ -69,7 +69,11 @@ IMPORTED_BY: dict[str, set[str]] = {
     "loraplex_router.app": {"loraplex.cli"},
     "loraplex_shard.serving.server": {"loraplex.cli"},
     "loraplex_shard.serving.service": {"loraplex_shard.serving.server"},
-    "loraplex_shard.stepping.runner": {"loraplex_shard.serving.server", "loraplex_shard.serving.steps"},
+    "loraplex_shard.stepping.runner": {
+        "loraplex_shard.serving.server",
+        "loraplex_shard.serving.sizing",
+        "loraplex_shard.serving.steps",
+    },
 }
 
 # The floors of router and shard, lowest first: packages only import from lower floors, and not from packages on the

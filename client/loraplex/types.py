@@ -335,5 +335,13 @@ class ModelInfo:
     state_bytes: int
     """Size of what the model keeps for each sequence besides its blocks, on each rank. If it is not 0, no prefixes are
     reused."""
+    memory_bytes: int
+    """A rank's memory when it started: all of its GPU, or what the host had free."""
+    kv_cache_bytes: int
+    """What of it the KV cache has."""
+    adapter_bytes: int
+    """What of it adapters in slots may take; without a GPU, the staged ones."""
+    step_bytes: int
+    """What of it the largest steps take; 0 without a GPU, where it is not measured."""
     classifier: Classifier | None = None
     """The model's, if it was trained to classify."""

@@ -40,9 +40,6 @@ class EdgeSettings(BaseModel):
         description="How the model writes its thoughts, by vLLM's names: qwen3, deepseek_r1, granite, mistral, "
         "openai_gptoss and so on. auto: as the prompt and the chat template show it. none: they stay in the answer.",
     )
-    max_batch_tokens: int = Field(
-        256, ge=1, le=65536, description="Tokens computed per step: more speeds up long prompts, less smooths streams."
-    )
     max_queue: int = Field(
         1024, ge=1, description="Sequences that may wait; further requests are refused with RESOURCE_EXHAUSTED."
     )

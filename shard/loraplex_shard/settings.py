@@ -85,6 +85,26 @@ class ModelSettings(BaseModel):
         description="Limit on prompt and output tokens together. 0: the model's, or less if the cache is smaller.",
     )
     max_sequences: int = Field(256, ge=1, le=4096, description="Number of sequences that can run at once.")
+    max_batch_tokens: int = Field(
+        256,
+        ge=1,
+        le=65536,
+        description="Tokens computed per step: more speeds up long prompts, less smooths streams. At least "
+        "max_sequences.",
+    )
+    gpu_memory_fraction: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="How much of a GPU's memory may be in use, other processes' included. The KV cache gets what "
+        "model, steps and adapters leave of that. Without a GPU, it has no effect.",
+    )
+    adapter_memory_gib: float = Field(
+        0.0,
+        ge=0,
+        description="Device memory for the adapters in slots, on each rank, in GiB. 0: a tenth of the GPU's; on a CPU, "
+        "where slots share the host memory, no limit of its own.",
+    )
     kernels: Path | None = Field(
         None,
         description="Directory of the compiled CPU kernels. Absent: loraplex/kernels in the user's cache.",

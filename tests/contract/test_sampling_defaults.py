@@ -75,5 +75,5 @@ def test_other_faces_keep_their_own_defaults(opinionated: Server) -> None:
 def test_generation_config_can_be_ignored(model: Path) -> None:
     files = GetTokenizerResponse(tokenizer_json=(model / "tokenizer.json").read_bytes())
     info = GetInfoResponse(sampling_defaults=generation_pb2.Sampling(top_k=20, top_p=0.5))
-    read = {setting: read_model(info, files, 1, 1, (), setting).sampling_defaults for setting in ("auto", "vllm")}
+    read = {setting: read_model(info, files, 1, (), setting).sampling_defaults for setting in ("auto", "vllm")}
     assert read == {"auto": Sampling(top_k=20, top_p=0.5), "vllm": Sampling()}

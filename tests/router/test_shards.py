@@ -55,7 +55,7 @@ async def connect(address: Address, settings: MtlsSettings, seconds: float = 60)
         replica = ShardGroup(address, telemetry.replica(str(address)), channel_credentials(settings))
     try:
         async with asyncio.timeout(seconds):
-            return await replica.connect(max_batch_tokens=32)
+            return await replica.connect()
     except BaseException:
         await replica.close()
         raise

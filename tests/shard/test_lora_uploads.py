@@ -45,7 +45,7 @@ def test_what_is_sent_is_what_a_folder_would_have(store: AdapterStore, files: di
     store.load(uploaded.digest, 1)
     store.unload(1)
     store.unstage(uploaded.digest)
-    assert store.count_host_bytes() == 0
+    assert store.count_bytes() == {"host": 0, "device": 0}
 
 
 @pytest.mark.parametrize(

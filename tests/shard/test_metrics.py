@@ -15,8 +15,8 @@ from loraplex_shard.settings import ShardSettings
 @pytest.fixture
 def metrics() -> ShardMetrics:
     made = ShardMetrics()
-    made.describe(pb.GetInfoResponse(model_id="org/model", rank=1, num_blocks=7))
-    made.watch_adapters(lambda: {"disk": 3, "host": 2, "device": 1}, lambda: 4096)
+    made.describe(pb.GetInfoResponse(model_id="org/model", rank=1, num_blocks=7, memory=pb.DeviceMemory(cache=9 << 30)))
+    made.watch_adapters(lambda: {"disk": 3, "host": 2, "device": 1}, lambda: {"host": 4096, "device": 2048})
     return made
 
 
@@ -47,6 +47,8 @@ def test_a_scrape_shows_the_current_state(metrics: ShardMetrics):
         text = response.read().decode()
     assert 'loraplex_shard_adapters{tier="disk"} 3.0' in text
     assert "loraplex_shard_adapter_host_bytes 4096.0" in text
+    assert "loraplex_shard_adapter_device_bytes 2048.0" in text
+    assert 'loraplex_shard_memory_bytes{part="cache"} 9.663676416e+09' in text
     assert 'model="org/model",rank="1"' in text
     assert "process_resident_memory_bytes" in text
 

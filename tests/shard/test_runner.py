@@ -16,9 +16,11 @@ from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.sampling.grammars import GrammarCompiler
+from loraplex_shard.serving.sizing import OneAdapter
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.stepping.progress import LOGITS_SLICE
 from loraplex_shard.stepping.runner import Runner
+from loraplex_shard.stepping.warmup import zero_adapter
 from tests.shard.decoders import load
 from tests.shard.elsewhere import DEVICE
 from tests.shard.planner import (
@@ -279,11 +281,14 @@ def test_the_last_position_of_the_context_can_be_computed(runner: Runner, refere
     assert planner.rows[0].outputs[0] == greedy(reference, prompt, 1)[0]
 
 
-@pytest.mark.parametrize("max_batch_tokens", [1, 30, MAX_MODEL_LEN + 100, 20 * MAX_MODEL_LEN])
+@pytest.mark.parametrize(
+    ("max_batch_tokens", "flat"), [(1, True), (30, False), (MAX_MODEL_LEN + 100, True), (20 * MAX_MODEL_LEN, False)]
+)
 def test_a_warmed_up_runner_gives_the_same_answers(
-    runner: Runner, reference: PreTrainedModel, max_batch_tokens: int
+    runner: Runner, decoder: Decoder, reference: PreTrainedModel, max_batch_tokens: int, flat: bool
 ) -> None:
-    runner.warmup(max_batch_tokens)
+    runner._slots = OneAdapter(zero_adapter(decoder.layouts, torch.float32))
+    assert runner.warmup(max_batch_tokens, flat) > 0
     planner = Planner()
     planner.start(0, random_tokens(20, 1))
     planner.run(runner.step, {0: 20})

@@ -107,10 +107,13 @@ def test_a_shard_stops_cleanly_even_during_a_stream(
         assert (info.architecture, info.dtype, info.vocab_size) == ("LlamaForCausalLM", "float32", VOCAB)
         assert (info.max_model_len, info.block_size, info.num_blocks) == (MAX_MODEL_LEN, BLOCK_SIZE, 40)
         assert (info.rank, info.tensor_parallel_size, info.max_sequences) == (0, 1, 4)
+        assert info.max_batch_tokens == 256 and info.longest_step_us > 0
+        assert info.memory.cache > 0 and info.memory.adapters == info.adapter_host_bytes > 0
+        assert (info.adapter_device_bytes, info.memory.steps) == (0, 0)  # on a CPU
         assert list(info.end_token_ids) == [2]
         tokenizer = shard.GetTokenizer(pb.GetTokenizerRequest())
         assert (b'"w95"' in tokenizer.tokenizer_json, tokenizer.eos_token) == (True, "w2")
-        shard.Warmup(pb.WarmupRequest(max_batch_tokens=64))
+        shard.Reset(pb.ResetRequest())
         planner = Planner()
         planner.start(0, PROMPT)
         with Stream(shard) as stream:
@@ -175,8 +178,8 @@ def test_two_ranks_answer_as_one_and_end_together(checkpoint: Path, reference: P
         shards = [stack.enter_context(connected(settings)) for settings in ranks]
         infos = [shard.GetInfo(pb.GetInfoRequest()) for shard in shards]
         assert infos[0].num_blocks == infos[1].num_blocks
-        for warmup in [shard.Warmup.future(pb.WarmupRequest(max_batch_tokens=32)) for shard in shards]:
-            warmup.result(TIMEOUT)
+        for shard in shards:
+            shard.Reset(pb.ResetRequest())
         staged = [shard.StageAdapter(pb.StageAdapterRequest(id="tuned")) for shard in shards]
         assert staged[0].digest == staged[1].digest
         for shard in shards:

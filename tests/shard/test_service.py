@@ -170,7 +170,7 @@ def test_a_second_stream_is_refused_while_one_is_open(shard: ShardServiceStub) -
             second.step(first_plan())
         assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
         with pytest.raises(grpc.RpcError) as refused:
-            shard.Warmup(pb.WarmupRequest(max_batch_tokens=8))
+            shard.Reset(pb.ResetRequest())
         assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
         stream.close()
 
@@ -225,7 +225,7 @@ def test_a_lost_router_makes_room_for_the_next(shard: ShardServiceStub, failed_s
 def test_the_shard_is_not_hanging_once_all_work_of_a_router_has_ended(
     shard: ShardServiceStub, service: ShardService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shard.Warmup(pb.WarmupRequest(max_batch_tokens=8))
+    shard.Reset(pb.ResetRequest())
     with Stream(shard) as stream:
         stream.step(first_plan())
         stream.call.cancel()
@@ -241,12 +241,12 @@ def test_the_shard_counts_as_hanging_if_work_for_a_lost_router_continues_too_lon
 ) -> None:
     running, may_go_on = threading.Event(), threading.Event()
 
-    def warmup(self: StepThread, max_batch_tokens: int) -> None:
+    def clear(self: AdapterStore) -> None:
         running.set()
         assert may_go_on.wait(TIMEOUT)
 
-    monkeypatch.setattr(StepThread, "warmup", warmup)
-    call = shard.Warmup.future(pb.WarmupRequest(max_batch_tokens=8))
+    monkeypatch.setattr(AdapterStore, "clear", clear)
+    call = shard.Reset.future(pb.ResetRequest())
     assert running.wait(TIMEOUT)
     monkeypatch.setattr(StepThread, "longest_rest", -1.0)
     assert not service.hangs

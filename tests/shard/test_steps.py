@@ -33,9 +33,6 @@ class Recorder:
     def clear(self) -> None:
         self._note("clear")
 
-    def warmup(self, max_batch_tokens: int) -> None:
-        self._note("warmup")
-
     def begin(self, plan: StepRequest) -> PendingStep:
         self.running.set()
         assert self.may_go_on.wait(TIMEOUT)
@@ -103,13 +100,18 @@ def plan(number: int, row: int = 0) -> StepRequest:
     return StepRequest(step=number, rows=[row])
 
 
+def wait_for_thread(steps: StepThread) -> None:
+    """Until all that has been read was run."""
+    steps._thread.submit(int).result(TIMEOUT)
+
+
 def test_plans_run_even_if_nobody_has_read_a_result(steps: StepThread, recorder: Recorder) -> None:
     plans = Plans(plan(0), plan(1), plan(2), plan(3))
     with closing(steps.run(iter(plans))) as results:
         assert next(results).response.step == 0
         assert plans.read.wait(TIMEOUT)
-        steps.warmup(1)  # comes after everything that was read
-        assert recorder.calls == ["clear", 0, 1, 2, 3, "warmup"]
+        wait_for_thread(steps)
+        assert recorder.calls == ["clear", 0, 1, 2, 3]
         plans.plans.put(None)
         assert [step.response.step for step in results] == [1, 2, 3]
 
@@ -141,8 +143,8 @@ def test_the_next_plan_begins_while_the_device_computes_and_its_time_begins_afte
     with closing(steps.run(iter(plans))) as results, ThreadPoolExecutor(1) as sender:
         one_later = sender.submit(next, results)
         assert plans.read.wait(TIMEOUT)
-        steps.warmup(1)  # comes after everything that was read
-        assert recorder.calls == ["clear", 0, 1, "warmup"]
+        wait_for_thread(steps)
+        assert recorder.calls == ["clear", 0, 1]
         first.done.set()
         one = one_later.result(TIMEOUT)
         second.done.set()
@@ -166,8 +168,8 @@ def test_an_error_of_the_device_ends_the_stream_as_one_of_the_plan_does(
     plans.read.clear()
     plans.plans.put(plan(1))
     assert plans.read.wait(TIMEOUT)
-    steps.warmup(1)
-    assert recorder.calls == ["clear", 0, "warmup"]
+    wait_for_thread(steps)
+    assert recorder.calls == ["clear", 0]
     plans.plans.put(None)
 
 
@@ -180,7 +182,7 @@ def test_an_error_of_the_device_is_reported_while_the_next_plan_hangs_or_nobody_
     with ThreadPoolExecutor(1) as answering:
         answer = answering.submit(next, results)
         assert plans.read.wait(TIMEOUT)
-        steps.warmup(1)  # comes after plan 0 has begun
+        wait_for_thread(steps)
         recorder.may_go_on.clear()
         plans.plans.put(plan(1))
         lost.done.set()
@@ -217,12 +219,11 @@ def test_a_closed_stream_has_been_computed(steps: StepThread, recorder: Recorder
 
 
 def test_everything_runs_on_one_thread(steps: StepThread, recorder: Recorder) -> None:
-    steps.warmup(1)
     for _ in range(2):
         plans = Plans(plan(0), plan(1))
         plans.plans.put(None)
         assert len(list(steps.run(iter(plans)))) == 2
-    assert recorder.calls == ["warmup", "clear", 0, 1, "clear", 0, 1]
+    assert recorder.calls == ["clear", 0, 1, "clear", 0, 1]
     assert len(recorder.threads) == 1
     assert threading.get_ident() not in recorder.threads
 
@@ -243,8 +244,8 @@ def test_plans_after_a_failed_one_do_not_run(
     failing.read.clear()
     failing.plans.put(plan(3))  # arrives late, and does not run either
     assert failing.read.wait(TIMEOUT)
-    steps.warmup(1)
-    assert recorder.calls == ["clear", 0, 1, "clear", 0, "warmup"]
+    wait_for_thread(steps)
+    assert recorder.calls == ["clear", 0, 1, "clear", 0]
     failing.plans.put(None)
 
 

@@ -17,9 +17,10 @@ SUBJECTS = {  # with shell patterns
         *("model", "revision", "served_model_name", "generation_config", "reasoning_parser"),
         *("device", "dtype", "quantize", "tp", "rank", "nodes", "node_rank", "rendezvous"),
     ),
-    "Adapters": ("adapters*", "adapter_dtype", "adapter_host_gib", "max_adapters_on_device"),
+    "Adapters": ("adapters*", "adapter_dtype", "adapter_host_gib", "adapter_memory_gib", "max_adapters_on_device"),
     "Capacity": (
         *("max_model_len", "max_sequences", "max_batch_tokens", "max_queue", "kv_blocks", "kv_dtype"),
+        "gpu_memory_fraction",
         *("threads", "kernels", "move_seconds", "drain_seconds"),
     ),
     "Network": ("host", "http_port", "grpc_port", "listen", "shards"),

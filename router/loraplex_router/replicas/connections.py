@@ -137,10 +137,10 @@ class Connections:
         self._replicas.set_silent(name, silent)
 
     async def _take_up(self, shards: ShardGroup, observer: ReplicaObserver, name: str) -> Replica:
-        await shards.connect(self._settings.max_batch_tokens)
+        await shards.connect()
         info = shards.info
         limits = Limits(
-            max(self._settings.max_batch_tokens, info.max_sequences),
+            info.max_batch_tokens,
             info.max_sequences,
             info.block_size,
             shares_prefixes=self._settings.prefix_cache == "shared",
@@ -149,7 +149,7 @@ class Connections:
         slots = self._settings.max_adapters_on_device
         names, files = self._settings.served_model_names, await shards.tokenizer()
         defaults, parser = self._settings.generation_config, self._settings.reasoning_parser
-        model = read_model(info, files, limits.max_batch_tokens, slots, names, defaults, parser)
+        model = read_model(info, files, slots, names, defaults, parser)
         self._serve(model)
         pool = AdapterPool(slots, adapter_bytes(self._settings, info), info.adapter_device_bytes)
         return Replica(

@@ -35,6 +35,7 @@ def agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:
     agreed.CopyFrom(infos[0])
     agreed.num_blocks = min(info.num_blocks for info in infos)
     agreed.adapter_host_bytes = min(info.adapter_host_bytes for info in infos)
+    agreed.longest_step_us = max(info.longest_step_us for info in infos)
     agreed.adapter_device_bytes = min(info.adapter_device_bytes for info in infos)
     return agreed
 

@@ -13,10 +13,10 @@ from loraplex_protos.errors import UnavailableError
 GRACE_SECONDS = 2.0  # added to every limit
 FACTOR = 5.0  # a step's limit, as a multiple of the longest recent one
 FORGET = 0.98  # decay of the longest duration, per answer
-FIRST_STEPS = 50  # these may take as long as the warm-up
-WARMUP_SECONDS = 60.0  # the limit for a ping in the warm-up, when everything happens for the first time
+FIRST_STEPS = 50  # these may take as long as the longest one of the warm-up
+FIRST_SECONDS = 60.0  # the limit for a ping before the first step
 COMPILE_SECONDS = 60.0  # for compiling a GPU kernel on first use
-IDLE_SECONDS = 60.0  # idle time after which a step may take as long as a ping in the warm-up: memory may be swapped out
+IDLE_SECONDS = 60.0  # idle time after which a step may take as long as the first ping: memory may be swapped out
 TICK_SECONDS = 0.1
 LONGEST_TICK = 0.2  # a longer one means that the router itself was suspended
 
@@ -57,9 +57,10 @@ class Longest:
 
 class Pulse:
     """Is told what is sent and received. Its time stops while the router is suspended, so that answers which nobody
-    could read do not count as missing. `compiles`: kernels are compiled on first use."""
+    could read do not count as missing. `compiles`: kernels are compiled on first use. `longest_step`: seconds that one
+    of the largest steps took when the ranks warmed up."""
 
-    def __init__(self, ranks: int, compiles: bool) -> None:
+    def __init__(self, ranks: int, compiles: bool, longest_step: float) -> None:
         self._now = 0.0
         self._pings: list[float | None] = [None] * ranks  # since when each rank owes an answer, if it does
         self._longest_ping = Longest()
@@ -67,7 +68,8 @@ class Pulse:
         self._answered = 0.0  # when all ranks last answered a plan
         self._steps = 0
         self._longest_steps: dict[int, Longest] = {}  # by the tokens' number of bits
-        self._warmup: float | None = None  # how long it took; None before its end
+        self._longest_step = longest_step
+        self._begun = False  # plans may be sent
         self._step_grace = COMPILE_SECONDS if compiles else GRACE_SECONDS
 
     def tick(self, seconds: float) -> None:
@@ -84,10 +86,10 @@ class Pulse:
         self._longest_ping.add(self._now - since)
         self._pings[rank] = None
 
-    def warmed_up(self) -> None:
-        """The warm-up, which began with the first tick, has ended. It took at least as long as a step of the largest
-        size."""
-        self._warmup = self._answered = self._now
+    def begin(self) -> None:
+        """The ranks are ready for plans."""
+        self._begun = True
+        self._answered = self._now
 
     def sent(self, tokens: int) -> None:
         """A plan was sent to all ranks."""
@@ -126,13 +128,13 @@ class Pulse:
         return sent - self._answered > IDLE_SECONDS
 
     def _ping_limit(self) -> float:
-        return WARMUP_SECONDS if self._warmup is None else GRACE_SECONDS + FACTOR * self._longest_ping.seconds
+        return GRACE_SECONDS + FACTOR * self._longest_ping.seconds if self._begun else FIRST_SECONDS
 
     def _step_limit(self, tokens: int, after_idle: bool) -> float:
         """The limit for a step of this size. Larger steps take longer, so their durations count, too."""
         bits = tokens.bit_length()
         seen = [longest.seconds for more, longest in self._longest_steps.items() if more >= bits]
         if self._steps < FIRST_STEPS or not seen:
-            seen.append(self._warmup or 0.0)
-        grace = max(self._step_grace, WARMUP_SECONDS) if after_idle else self._step_grace
+            seen.append(self._longest_step)
+        grace = max(self._step_grace, FIRST_SECONDS) if after_idle else self._step_grace
         return grace + FACTOR * max(seen)

@@ -81,10 +81,10 @@ class ShardGroup:
         self._reached = asyncio.Event()
         self.info = pb.GetInfoResponse()
 
-    async def connect(self, max_batch_tokens: int) -> Self:
-        """Waits for all ranks (the log says why one is out of reach), checks that they form one group, warms them up,
-        which makes them forget all adapters, and opens the step streams. Raises UnavailableError, also if another
-        router is driving them."""
+    async def connect(self) -> Self:
+        """Waits for all ranks (the log says why one is out of reach), checks that they form one group, makes them
+        forget all adapters, and opens the step streams. Raises UnavailableError, also if another router is driving
+        them."""
         self._open(self._address.ranks[0])
         first = await self._reach(0)
         for rank in self._address.other_ranks(first.tensor_parallel_size):
@@ -92,11 +92,10 @@ class ShardGroup:
         infos = await asyncio.gather(*map(self._reach, range(len(self._ranks))))
         await asyncio.gather(*map(check_health, self._channels))
         self.info = agree(infos)
-        pulse = self._pulse = Pulse(len(infos), self.info.compiles)
+        pulse = self._pulse = Pulse(len(infos), self.info.compiles, self.info.longest_step_us / 1e6)
         self._reached.set()
-        logger.info("warming up %s at %s ...", self.info.model_id, self._address)
-        await self._on_all(lambda rank: rank.Warmup(pb.WarmupRequest(max_batch_tokens=max_batch_tokens)))
-        pulse.warmed_up()
+        await self._on_all(lambda rank: rank.Reset(pb.ResetRequest()))
+        pulse.begin()
         self._streams = [rank.Step() for rank in self._ranks]
         self._answered = [0.0] * len(self._ranks)
         return self

@@ -231,9 +231,11 @@ class AdapterStore:
         with self._lock:
             return {"host": len(self._host), "device": len(self._slots)}
 
-    def count_host_bytes(self) -> int:
+    def count_bytes(self) -> dict[str, int]:
+        """What adapters take, by tier; on the CPU, slots share the host's."""
         with self._lock:
-            return self._held_bytes()
+            in_slots = [self._transfer.bytes_on_device(weights) for _, weights in self._slots.values()]
+            return {"host": self._held_bytes(), "device": sum(in_slots)}
 
     def vocabulary(self, digest: str) -> tuple[bytes, int, tuple[int, ...]] | None:
         """A staged adapter's own tokenizer.json (empty: the model's), how many tokens it has (0: as many as the model),

@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_protos.shard_pb2 import GetInfoResponse, StepRequest, StepResponse
+from loraplex_protos.shard_pb2 import DeviceMemory, GetInfoResponse, StepRequest, StepResponse
 
 STEP_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 LOAD_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -58,10 +58,13 @@ class ShardMetrics:
         build.labels(**labels).set(1)
         blocks = Gauge("loraplex_shard_kv_blocks", "Blocks of the KV cache.", registry=self.registry)
         blocks.set(info.num_blocks)
+        memory = Gauge("loraplex_shard_memory_bytes", "What memory is divided into.", ["part"], registry=self.registry)
+        for part in DeviceMemory.DESCRIPTOR.fields:
+            memory.labels(part.name).set(getattr(info.memory, part.name))
 
-    def watch_adapters(self, count: Callable[[], Mapping[str, int]], host_bytes: Callable[[], int]) -> None:
-        """Adds the gauges: adapters by tier, and what those on the host take."""
-        self.registry.register(_Adapters(count, host_bytes))
+    def watch_adapters(self, count: Callable[[], Mapping[str, int]], size: Callable[[], Mapping[str, int]]) -> None:
+        """Adds the gauges: adapters by tier, and what those on the host and the device take, in bytes."""
+        self.registry.register(_Adapters(count, size))
 
     def step(self, plan: StepRequest, response: StepResponse) -> None:
         """A step has run."""
@@ -90,15 +93,16 @@ class ShardMetrics:
 
 
 class _Adapters(Collector):
-    def __init__(self, count: Callable[[], Mapping[str, int]], host_bytes: Callable[[], int]) -> None:
+    def __init__(self, count: Callable[[], Mapping[str, int]], size: Callable[[], Mapping[str, int]]) -> None:
         self._count = count
-        self._host_bytes = host_bytes
+        self._size = size
 
     def collect(self) -> Iterator[Metric]:
         adapters = GaugeMetricFamily("loraplex_shard_adapters", "Adapters, by tier.", labels=["tier"])
         for tier, count in self._count().items():
             adapters.add_metric([tier], count)
         yield adapters
-        yield GaugeMetricFamily(
-            "loraplex_shard_adapter_host_bytes", "Host memory that adapters take.", value=self._host_bytes()
-        )
+        for tier, size in self._size().items():
+            yield GaugeMetricFamily(
+                f"loraplex_shard_adapter_{tier}_bytes", f"Memory of the {tier} that adapters take.", value=size
+            )

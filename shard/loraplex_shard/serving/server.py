@@ -45,11 +45,12 @@ from loraplex_shard.observation.telemetry import Telemetry, open_telemetry
 from loraplex_shard.ops.choose import check_kernels, choose_operations, load_kernels
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.sampling.vocabulary import compare, keep_known
-from loraplex_shard.serving import machine
+from loraplex_shard.serving import machine, memory, sizing
 from loraplex_shard.serving.service import ShardService, describe
 from loraplex_shard.serving.steps import StepThread
 from loraplex_shard.settings import ModelSettings, SettingsError, ShardSettings
-from loraplex_shard.stepping.runner import Runner
+from loraplex_shard.shapes.cache import KVCache
+from loraplex_shard.stepping.runner import Runner, Slots
 
 logger = logging.getLogger(__name__)
 
@@ -186,24 +187,26 @@ def _load(
     max_model_len = machine.longest_context(settings, checkpoint.config)
     ops = choose_operations(device, dtype, kernels)
     quantize = machine.pick_quantize(settings.quantize, checkpoint, device)
-    machine.check_room_for(checkpoint, dtype, quantize, settings.tp, device)
+    memory.check_room_for(checkpoint, dtype, quantize, settings.tp, device)
     form = ParameterForm(dtype, device, quantize, machine.multiplies_float8(device))
     model = load_model(checkpoint, group, ops, form, max_model_len, progress)
     kv_dtype = torch.int8 if settings.kv_dtype == "int8" else dtype
     keep_freed()  # memory freed by loading is given back to the system
-    block_bytes = model.cache_block_bytes(machine.BLOCK_SIZE, kv_dtype)
-    most = machine.fit_sequences(settings, model.state_bytes, device)
-    settings, states = settings.model_copy(update={"max_sequences": most}), most * model.state_bytes
-    blocks = machine.count_blocks(settings, max_model_len, block_bytes, device, states)
-    num_blocks = machine.fewest(group, blocks)
-    max_model_len = machine.fit_context(settings, max_model_len, num_blocks)
-    share = machine.share_for_adapters(settings, num_blocks * block_bytes + states, device)
-    adapter_host_bytes = machine.fewest(group, share)
-    cache = model.new_cache(num_blocks, machine.BLOCK_SIZE, kv_dtype, most)
     adapter_dtype = torch.int8 if settings.adapter_dtype == "int8" else dtype
     files = checkpoint.tokenizer()
     tokenizer = Tokenizer.from_buffer(files.tokenizer_json)
     compare(tokenizer.get_vocab(), model.vocab_size)
+    end_token_ids = keep_known(checkpoint.end_token_ids, model.vocab_size)
+    if classifier is not None:
+        classifier = classifier.map(lambda tensor: tensor.to(device))
+    grammars = GrammarCompiler(
+        files.tokenizer_json, model.vocab_size, end_token_ids, lambda digest: adapters.vocabulary(digest)
+    )
+
+    def new_runner(cache: KVCache, slots: Slots, max_sequences: int, max_model_len: int) -> Runner:
+        return Runner(model, cache, slots, group, max_sequences, max_model_len, device, grammars, pooling, classifier)
+
+    sizes = sizing.fit(settings, model, group, device, kv_dtype, adapter_dtype, max_model_len, new_runner)
     base = BaseModel(
         checkpoint.architecture,
         (checkpoint.model_id, *checkpoint.known_as),
@@ -227,25 +230,27 @@ def _load(
     listing = LocalListing(settings.adapters, doubts, partial(read_invocation, base=base), check)
     sources = open_sources(settings)
     # The router evicts others once it knows an adapter's size.
-    held = adapter_host_bytes * 5 // 4
-    adapters = AdapterStore(model.layouts, adapter_dtype, device, base, sources, telemetry.metrics, held)
-    telemetry.metrics.watch_adapters(lambda: {"disk": listing.count(), **adapters.count()}, adapters.count_host_bytes)
-    end_token_ids = keep_known(checkpoint.end_token_ids, model.vocab_size)
-    grammars = GrammarCompiler(files.tokenizer_json, model.vocab_size, end_token_ids, adapters.vocabulary)
+    held, on_device = sizes.adapter_host_bytes * 5 // 4, sizes.adapter_device_bytes or sys.maxsize
+    adapters = AdapterStore(model.layouts, adapter_dtype, device, base, sources, telemetry.metrics, held, on_device)
+    telemetry.metrics.watch_adapters(lambda: {"disk": listing.count(), **adapters.count()}, adapters.count_bytes)
     info = GetInfoResponse(
         model_id=checkpoint.model_id,
         architecture=checkpoint.architecture,
         dtype=str(dtype).removeprefix("torch."),
         vocab_size=model.vocab_size,
-        max_model_len=max_model_len,
+        max_model_len=sizes.max_model_len,
         rank=settings.rank,
         tensor_parallel_size=settings.tp,
-        block_size=machine.BLOCK_SIZE,
-        num_blocks=num_blocks,
-        max_sequences=most,
+        block_size=sizes.cache.block_size,
+        num_blocks=sizes.cache.num_blocks,
+        max_sequences=sizes.max_sequences,
+        max_batch_tokens=sizes.max_batch_tokens,
+        longest_step_us=round(sizes.longest_step * 1e6),
         end_token_ids=end_token_ids,
         protocol_version=PROTOCOL_VERSION,
-        adapter_host_bytes=adapter_host_bytes,
+        adapter_host_bytes=sizes.adapter_host_bytes,
+        adapter_device_bytes=sizes.adapter_device_bytes,
+        memory=sizes.memory,
         sampling_defaults=Sampling(**checkpoint.sampling_defaults),
         adapter_sources=[source.name for source in sources],
         modeling_code=model.modeling_code,
@@ -256,10 +261,8 @@ def _load(
         matryoshka_dimensions=matryoshka_dimensions(checkpoint.config),
     )
     telemetry.metrics.describe(info)
-    if classifier is not None:
-        classifier = classifier.map(lambda tensor: tensor.to(device))
     stager = adapters.read_apart()
-    runner = Runner(model, cache, adapters, group, most, max_model_len, device, grammars, pooling, classifier)
+    runner = new_runner(sizes.cache, adapters, sizes.max_sequences, sizes.max_model_len)
 
     def on_failed_step() -> None:
         if group.size > 1:  # other ranks may have run the plan; a single one's next stream starts afresh
@@ -274,7 +277,7 @@ def _load(
             troubles.report("the process that reads adapters has ended")
 
     return ShardService(
-        steps=StepThread(runner, device, on_failed_step),
+        steps=StepThread(runner, device, on_failed_step, sizes.longest_step),
         on_failure=on_failure,
         adapters=adapters,
         listing=listing,

@@ -84,11 +84,10 @@ class ShardService(ShardServiceServicer):
     def GetTokenizer(self, request: pb.GetTokenizerRequest, context: grpc.ServicerContext) -> pb.GetTokenizerResponse:
         return self._tokenizer
 
-    def Warmup(self, request: pb.WarmupRequest, context: grpc.ServicerContext) -> pb.WarmupResponse:
+    def Reset(self, request: pb.ResetRequest, context: grpc.ServicerContext) -> pb.ResetResponse:
         with self._only_user_of_steps(context), self._errors_answered(context):
             self._adapters.clear()
-            self._steps.warmup(request.max_batch_tokens)
-            return pb.WarmupResponse()
+            return pb.ResetResponse()
 
     def FetchAdapter(self, request: pb.FetchAdapterRequest, context: grpc.ServicerContext) -> pb.FetchAdapterResponse:
         with self._errors_answered(context):

@@ -19,10 +19,9 @@ from loraplex_shard.stepping.results import PendingStep
 from loraplex_shard.stepping.runner import Runner
 
 # Limit for what is still computed after a router has left: several times the longest step, with a minimum (on a GPU a
-# kernel may have to be compiled), which before the first step has ended is that of a warm-up.
+# kernel may have to be compiled).
 FACTOR = 5.0
 LEAST_SECONDS = {"cpu": 5.0, "cuda": 60.0}
-WARMUP_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -48,25 +47,24 @@ class StepThread:
     """Runs all of a runner's work, one item after another.
 
     It is always the same thread, since OpenMP keeps a team of threads per calling thread. on_failed_step is called
-    after a plan has raised an error, on whichever thread notices it.
+    after a plan has raised an error, on whichever thread notices it. `longest_step`: seconds that one of the largest
+    steps took.
     """
 
-    def __init__(self, runner: Runner, device: torch.device, on_failed_step: Callable[[], None]) -> None:
+    def __init__(
+        self, runner: Runner, device: torch.device, on_failed_step: Callable[[], None], longest_step: float = 0.0
+    ) -> None:
         self._runner = runner
         self._on_failed_step = on_failed_step
         self._thread = ThreadPoolExecutor(1, "steps", initializer=machine.use, initargs=(device,))
         self._stream: object = None  # the one whose plans are run; used only by the thread
         self._least_seconds = LEAST_SECONDS[device.type]
-        self._longest = 0.0  # of all steps
-
-    def warmup(self, max_batch_tokens: int) -> None:
-        """See Runner.warmup."""
-        self._thread.submit(self._runner.warmup, max_batch_tokens).result()
+        self._longest = longest_step
 
     @property
     def longest_rest(self) -> float:
         """Seconds within which the plans received so far are certain to be run, unless one hangs."""
-        return max(self._least_seconds, FACTOR * self._longest) if self._longest else WARMUP_SECONDS
+        return max(self._least_seconds, FACTOR * self._longest)
 
     def run(self, plans: Iterator[StepRequest]) -> Generator[Step]:
         """Forgets all sequences, then runs plans as they arrive, without a pause between plans that are already there.

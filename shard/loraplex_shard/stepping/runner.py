@@ -3,18 +3,20 @@
 Every rank of a group runs the same plans. Knows nothing of gRPC streams, of threads or of where weights came from.
 """
 
+import time
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from loraplex_protos.shard_pb2 import SequenceStart, StepRequest, StepResponse
+from loraplex_protos.shard_pb2 import StepRequest, StepResponse
 from loraplex_shard.checkpoint.base import PoolingSpec
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.models import Model
 from loraplex_shard.sampling.constraints import Constraints, Masks
 from loraplex_shard.sampling.grammars import GrammarCompiler
+from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.batch import Segment
 from loraplex_shard.shapes.cache import KVCache
 from loraplex_shard.shapes.classifier import Classifier
@@ -22,6 +24,13 @@ from loraplex_shard.stepping.pooling import Pooling
 from loraplex_shard.stepping.progress import Parts, StepInProgress
 from loraplex_shard.stepping.results import PendingStep
 from loraplex_shard.stepping.rows import Chunks, Rows
+from loraplex_shard.stepping.warmup import Limits, plans
+
+
+class Slots(Protocol):
+    """Adapters by slot, from 1."""
+
+    def adapter_in(self, slot: int) -> AdapterWeights: ...
 
 
 class Runner:
@@ -31,7 +40,7 @@ class Runner:
         self,
         model: Model,
         cache: KVCache,
-        adapters: AdapterStore,
+        slots: Slots,
         group: Group,
         max_sequences: int,
         max_model_len: int,
@@ -45,7 +54,7 @@ class Runner:
         constraints = Constraints(grammars, model.vocab_size)
         self._parts = Parts(model, rows, constraints, Pooling(pooling or PoolingSpec()), classifier, group)
         self._cache = cache
-        self._adapters = adapters
+        self._slots = slots
         self._device = device
         self._max_sequences = max_sequences
         self._max_model_len = max_model_len
@@ -83,28 +92,16 @@ class Runner:
             results = StepInProgress(self._parts, chunks, sampled, segments, masks, hidden).finish()
         return PendingStep(plan.step, self._device, results if self._parts.group.rank == 0 else None)
 
-    def warmup(self, max_batch_tokens: int) -> None:
-        """Runs a prefill of max_batch_tokens and a decode of as many sequences as one step can hold, then clears."""
-        whole, rest = divmod(max_batch_tokens, self._max_model_len)
-        prefill = [self._max_model_len] * whole + [rest] * (rest > 0)
-        self.step(self._warmup_plan(prefill[: self._max_sequences]))
-        self.step(self._warmup_plan([1] * min(max_batch_tokens, self._max_sequences)))
+    def warmup(self, max_batch_tokens: int, flat: bool) -> float:
+        """Runs the plans of warmup.py, then clears. Returns how many seconds the longest step took."""
+        limits = Limits(max_batch_tokens, self._max_sequences, self._max_model_len)
+        longest = 0.0
+        for plan in plans(limits, self._cache, self._parts.model.generates, flat):
+            began = time.monotonic()
+            self.step(plan)
+            longest = max(longest, time.monotonic() - began)
         self.clear()
-
-    def _warmup_plan(self, lengths: list[int]) -> StepRequest:
-        """Sequences of these lengths. They may share blocks, since nobody reads what they compute."""
-        counts = [-(-length // self._cache.block_size) for length in lengths]
-        return StepRequest(
-            starts=[
-                SequenceStart(row=row, tokens=[0] * length, prompt_length=length) for row, length in enumerate(lengths)
-            ],
-            rows=range(len(lengths)),
-            lengths=lengths,
-            slots=[0] * len(lengths),
-            samples=[self._parts.model.generates] * len(lengths),
-            block_counts=counts,
-            blocks=[block % self._cache.num_blocks for block in range(sum(counts))],
-        )
+        return longest
 
     def _begin_masks(self, chunks: Chunks) -> Masks | None:
         if self._parts.group.rank != 0:
@@ -117,7 +114,7 @@ class Runner:
         changes = np.flatnonzero(np.diff(chunks.slots)) + 1
         runs = [0, *changes.tolist(), len(chunks)]
         return tuple(
-            Segment(int(chunks.starts[first]), int(chunks.starts[last]), self._adapters.adapter_in(slot))
+            Segment(int(chunks.starts[first]), int(chunks.starts[last]), self._slots.adapter_in(slot))
             for first, last in pairwise(runs)
             if (slot := int(chunks.slots[first]))
         )

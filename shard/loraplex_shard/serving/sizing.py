@@ -1,0 +1,91 @@
+"""Warms a model up on a cache that is thrown away, divides what is left of the rank's memory, and makes the cache."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from loraplex_protos.shard_pb2 import DeviceMemory
+from loraplex_shard.device.parallel import Group
+from loraplex_shard.lora.weights.transfer import Transfer
+from loraplex_shard.models import Model
+from loraplex_shard.serving import memory
+from loraplex_shard.serving.memory import BLOCK_SIZE
+from loraplex_shard.settings import ModelSettings
+from loraplex_shard.shapes.adapter import AdapterWeights
+from loraplex_shard.shapes.cache import KVCache
+from loraplex_shard.stepping.runner import Runner, Slots
+from loraplex_shard.stepping.warmup import zero_adapter
+
+logger = logging.getLogger(__name__)
+
+BLOCKS = 8  # of the cache that is thrown away
+
+NewRunner = Callable[[KVCache, Slots, int, int], Runner]  # with max_sequences and max_model_len
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a rank has room for, the same on all ranks of a group but for the memory."""
+
+    cache: KVCache
+    max_sequences: int
+    max_model_len: int
+    max_batch_tokens: int
+    adapter_host_bytes: int
+    adapter_device_bytes: int
+    longest_step: float  # seconds
+    memory: DeviceMemory
+
+
+@dataclass(frozen=True, slots=True)
+class OneAdapter:
+    """The same adapter in every slot."""
+
+    adapter: AdapterWeights
+
+    def adapter_in(self, slot: int) -> AdapterWeights:
+        return self.adapter
+
+
+def fit(
+    settings: ModelSettings,
+    model: Model,
+    group: Group,
+    device: torch.device,
+    kv_dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    max_model_len: int,
+    new_runner: NewRunner,
+) -> Sizes:
+    """All ranks of the group call this at once. Raises SettingsError, naming the setting, if something does not fit."""
+    on_device = memory.adapter_device_bytes(settings, device)
+    most = memory.fewest(group, memory.fit_sequences(settings, model.state_bytes, device, on_device))
+    settings, states = settings.model_copy(update={"max_sequences": most}), most * model.state_bytes
+    tokens = max(settings.max_batch_tokens, most)
+
+    def warm_up() -> tuple[float, int]:
+        cache = model.new_cache(BLOCKS, BLOCK_SIZE, kv_dtype, most)
+        slots = OneAdapter(Transfer(device).to_device(zero_adapter(model.layouts, adapter_dtype)))
+        flat = device.type == "cuda"
+        return memory.measure_steps(lambda: new_runner(cache, slots, most, max_model_len).warmup(tokens, flat), device)
+
+    logger.info("warming up ...")
+    longest, steps = warm_up()  # which frees what it made
+    block_bytes = model.cache_block_bytes(BLOCK_SIZE, kv_dtype)
+    blocks = memory.count_blocks(settings, max_model_len, block_bytes, device, states, kept=steps + on_device)
+    num_blocks = memory.fewest(group, blocks)
+    cache_bytes = num_blocks * block_bytes + states
+    on_host = memory.fewest(group, memory.share_for_adapters(settings, cache_bytes, device))
+    divided = memory.divide(settings, cache_bytes, steps, on_device if device.type == "cuda" else on_host, device)
+    return Sizes(
+        model.new_cache(num_blocks, BLOCK_SIZE, kv_dtype, most),
+        most,
+        memory.fit_context(settings, max_model_len, num_blocks),
+        tokens,
+        on_host,
+        on_device,
+        longest,
+        divided,
+    )
