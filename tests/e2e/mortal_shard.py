@@ -7,8 +7,9 @@ import signal
 import sys
 
 from loraplex.cli.main import main
-from loraplex_protos.shard_pb2 import StepRequest, StepResponse
+from loraplex_protos.shard_pb2 import StepRequest
 from loraplex_shard.serving import server
+from loraplex_shard.stepping.results import PendingStep
 
 KILLING, RAISING = 1, 2  # token ids of bytes that no other prompt has
 DIED = "the shard died"
@@ -18,13 +19,13 @@ SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 class MortalRunner(server.Runner):
     """Kills the process, or raises, when a plan starts a sequence with one of the tokens."""
 
-    def step(self, plan: StepRequest) -> StepResponse:
+    def begin(self, plan: StepRequest) -> PendingStep:
         for start in plan.starts:
             if KILLING in start.tokens:
                 os.kill(os.getpid(), signal.SIGKILL)
             if RAISING in start.tokens:
                 raise RuntimeError("out of memory")
-        return super().step(plan)
+        return super().begin(plan)
 
 
 if __name__ == "__main__":
