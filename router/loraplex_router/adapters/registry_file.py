@@ -78,6 +78,8 @@ class RegistryFile:
         self._path = path
         target = path.resolve()
         self.writable = os.access(target.parent, os.W_OK)
+        if not self.writable:
+            logger.info("the adapter registry cannot be written here: uploads are in this router's memory alone")
         self.uploads = UploadFolder(target.with_name(f"{target.name}.uploads"), most_upload_bytes)
         self._file = FollowedFile(path)
         self._registry = registry
