@@ -18,7 +18,7 @@ from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidR
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.stager import NICE, Stager
 from loraplex_shard.lora.store import AdapterStore
-from tests.shard.lora_models import BASE, edit_tensors, layouts, save_adapter, whole_deltas
+from tests.shard.lora_models import BASE, contents, edit_tensors, layouts, save_adapter, whole_deltas
 
 RANK = """
 import socket, time
@@ -134,3 +134,22 @@ def test_adapters_that_are_read_apart_are_the_same(tmp_path: Path) -> None:
                 store.stage("broken", "local", "", "")
             messages.append(raised.value.message)
         assert len(set(messages)) == 1
+
+
+def test_an_upload_that_is_read_apart_is_the_same_and_its_memory_goes_back(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "first", r=4)
+    files = contents(tmp_path / "first")
+    sizes = {name: len(data) for name, data in files.items()}
+    here, apart = (
+        AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, [LocalSource(tmp_path)]) for _ in range(2)
+    )
+    expected = here.stage("first", "local", "", "")
+    rank, opened = psutil.Process(), set[int]()
+    with closing(apart.read_apart()):
+        for _ in range(3):
+            staged = apart.stage_upload(sizes, iter(files.values()))
+            assert (staged.digest, staged.size_bytes) == (expected.digest, expected.size_bytes)
+            apart.unstage(staged.digest)
+            opened.add(rank.num_fds())
+            assert not [each.path for each in rank.memory_maps() if "memfd:adapter" in each.path]
+    assert len(opened) == 1

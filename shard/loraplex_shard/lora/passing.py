@@ -1,51 +1,77 @@
 """Passes objects over a socket to another process of this machine: pickled, with adapters' files and memory beside it,
-which are copied straight from where they are to where they stay.
+which are put into memory that both map: who receives them copies nothing.
 
 Both ends must trust each other, and be forks of one process.
 """
 
+import ctypes
+import mmap
+import os
 import pickle
 import socket
 import struct
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from io import BytesIO
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
 from loraplex_protos.errors import LoraplexError
-from loraplex_shard.device.memory import reserve
+from loraplex_shard.device.handed_memory import HandedMemory
 from loraplex_shard.shapes.adapter import AdapterWeights
 
-_NUMBER = struct.Struct("<Q")
+_HEADER = struct.Struct("<QQ")  # bytes of the pickled object, and buffers
+_SIZE = struct.Struct("<Q")
 
 
 def send(connection: socket.socket, value: object, shared: Mapping[str, object]) -> None:
     """Sends an object. `shared` are objects that the other end has as well: only their names are sent."""
     stream, buffers = BytesIO(), list[pickle.PickleBuffer]()
     _Pickler(stream, buffers, {id(each): name for name, each in shared.items()}).dump(value)
-    parts = [stream.getbuffer(), *(buffer.raw() for buffer in buffers)]
-    connection.sendall(b"".join(map(_NUMBER.pack, (len(parts), *map(len, parts)))))
-    for part in parts:
-        connection.sendall(part)
+    contents = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+    sizes = [content.nbytes for content in contents]
+    with HandedMemory.of(sum(map(_in_pages, sizes))) as memory:
+        mapped = memory.map()
+        place = mapped.data_ptr()
+        for content in contents:
+            ctypes.memmove(place, content.ctypes.data, content.nbytes)
+            place += _in_pages(content.nbytes)
+        socket.send_fds(connection, [_HEADER.pack(stream.tell(), len(sizes))], [memory.fd])
+    connection.sendall(b"".join(map(_SIZE.pack, sizes)))
+    connection.sendall(stream.getbuffer())
 
 
 def receive(connection: socket.socket, shared: Mapping[str, object]) -> Any:
     """Receives an object. Raises EOFError if the other end closes the connection before it has sent one."""
-    (count,) = _NUMBER.unpack(_read(connection, _NUMBER.size))
-    data, *buffers = (_read(connection, size) for (size,) in _NUMBER.iter_unpack(_read(connection, 8 * count)))
+    header, descriptors, _, _ = socket.recv_fds(connection, _HEADER.size, 1, socket.MSG_WAITALL)
+    if not descriptors:
+        raise EOFError
+    with HandedMemory(descriptors[0], os.fstat(descriptors[0]).st_size) as memory:
+        if len(header) < _HEADER.size:
+            raise EOFError
+        size, count = _HEADER.unpack(header)
+        sizes = [own for (own,) in _SIZE.iter_unpack(_read(connection, _SIZE.size * count))]
+        data = _read(connection, size)
+        whole = memory.map(populate=True).numpy().data
+    starts = accumulate(map(_in_pages, sizes), initial=0)
+    buffers = [whole[start : start + own] for start, own in zip(starts, sizes, strict=False)]
     return _Unpickler(BytesIO(data), buffers, shared).load()
 
 
-def _read(connection: socket.socket, size: int) -> memoryview:
-    data = memoryview(reserve(size).numpy())  # type: ignore[arg-type]  # numpy says it for 3.12 and newer
-    filled = 0
-    while filled < size:
-        count = connection.recv_into(data[filled:])
-        if not count:
+def _in_pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _read(connection: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    rest = memoryview(data)
+    while len(rest):
+        if not (count := connection.recv_into(rest)):
             raise EOFError
-        filled += count
+        rest = rest[count:]
     return data
 
 

@@ -40,13 +40,14 @@ class AdapterReader:
         there are `paths`, the files' headers are checked first, which takes no memory."""
         if paths:
             self.check(paths)
-        files = origin.read()
-        digest = files.digest()
-        return digest, None if digest in known else self.cut(files)
+        return self.cut(origin.read(), known)
 
-    def cut(self, files: AdapterFiles) -> HostAdapter:
-        """See read_adapter."""
-        return read_adapter(files, self.layouts, self._base, self._dtype, self._limit)
+    def cut(self, files: AdapterFiles, known: Container[str]) -> tuple[str, HostAdapter | None]:
+        """The same for files that have been read."""
+        digest = files.digest()
+        if digest in known:
+            return digest, None
+        return digest, read_adapter(files, self.layouts, self._base, self._dtype, self._limit)
 
     def merge(self, parts: Sequence[tuple[str, Origin | AdapterFiles]], recipe: Recipe) -> HostAdapter:
         """Merges adapters, each with its digest. Raises AdapterSourceError for one whose files have changed, and what

@@ -88,6 +88,7 @@ def _serve(control: socket.socket, shared: Mapping[str, object]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to a terminal's whole group; the rank decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes of calls
+    os.nice(NICE)  # forks take time, too
     torch.set_num_threads(1)  # those of the rank's pools do not exist here
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, len(ONE_CALL), 1)
@@ -100,7 +101,6 @@ def _serve(control: socket.socket, shared: Mapping[str, object]) -> None:
 
 
 def _answer(connection: socket.socket, shared: Mapping[str, object]) -> None:
-    os.nice(NICE)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_bytes(FIRST_TO_GO)
     work, args = receive(connection, shared)

@@ -146,8 +146,7 @@ class AdapterStore:
         check_upload(sizes)
         with self._room.taken(sum(sizes.values()) * COPIES):
             files = receive(sizes, data)
-            digest = files.digest()
-            self._once.do(digest, lambda: self._make(digest, lambda: self._apart(self._reader.cut, files)))
+            digest = self._cut(lambda known: self._apart(self._reader.cut, files, known))
         with self._lock:
             adapter = self._host.get(digest)
         if adapter is None:
@@ -267,15 +266,22 @@ class AdapterStore:
             size = sum(file.size or paths[name].stat().st_size for name, file in origin.files)
             more = most_bytes(config, self._reader.layouts) if (config := config_in(paths)) else 0
         with self._room.taken((size + more) * COPIES):
-            with self._lock:
-                known = frozenset(self._host)
-            began = time.monotonic()
-            with self._metrics.loading("host"):
-                digest, adapter = self._apart(self._reader.read, origin, paths if size > LARGE else {}, known)
-            if adapter is not None:
-                self._hold(digest, adapter, time.monotonic() - began)
+            checked = paths if size > LARGE else {}
+            digest = self._cut(lambda known: self._apart(self._reader.read, origin, checked, known))
         with self._lock:
             self._digests[origin] = digest
+
+    def _cut(self, cut: Callable[[frozenset[str]], tuple[str, HostAdapter | None]]) -> str:
+        """Holds what `cut` makes. It is told the digests of what is held, of which it makes nothing. Returns the
+        digest."""
+        with self._lock:
+            known = frozenset(self._host)
+        began = time.monotonic()
+        with self._metrics.loading("host"):
+            digest, adapter = cut(known)
+        if adapter is not None:
+            self._hold(digest, adapter, time.monotonic() - began)
+        return digest
 
     def _merged(self, parts: Sequence[str], recipe: Recipe, sent: Mapping[str, AdapterFiles]) -> HostAdapter:
         found = [(part, sent[part] if part in sent else self._origin_of(part)) for part in parts]
