@@ -35,6 +35,7 @@ from tests.shard.operations import angles, filled_cache, paged_batch, random
 
 CUDA = CudaOperations(torch.device("cpu"))
 WIDTH = 1024
+INPUTS = 4096  # of adapters: in as many slices as there may be
 WIDE = re.compile(r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x10")
 TOKENS = 1, 100  # decoding and a prompt use different kernels
 
@@ -114,12 +115,12 @@ def experts(dtype: torch.dtype) -> None:
 
 def adapters(dtype: torch.dtype, form: torch.dtype) -> None:
     parts = (LinearPart("p", WIDTH, (slice(0, WIDTH),)),)
-    layout = LinearLayout("fused", 0, parts, WIDTH, slice(0, WIDTH))
-    delta = Delta(random(0, 16, WIDTH), random(0, WIDTH, 16), 1.0)
+    layout = LinearLayout("fused", 0, parts, INPUTS, slice(0, INPUTS))
+    delta = Delta(random(0, 16, INPUTS), random(0, WIDTH, 16), 1.0)
     adapter = partition_adapter({"p": delta}, [layout], form).weights
     for tokens in TOKENS:
-        x = random(0, tokens, WIDTH, dtype=dtype)
-        CUDA.add_lora_delta(x.clone(), x, (Segment(0, tokens, adapter),), layout)
+        x, out = random(0, tokens, INPUTS, dtype=dtype), random(0, tokens, WIDTH, dtype=dtype)
+        CUDA.add_lora_delta(out, x, (Segment(0, tokens, adapter),), layout)
 
 
 def attend(dtype: torch.dtype, form: torch.dtype, heads: Heads, norm: bool) -> None:

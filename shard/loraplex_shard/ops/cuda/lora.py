@@ -133,11 +133,13 @@ def _shrink(
     dtype = x.dtype.element_ty
     tile = tiles + tl.program_id(0) * 3
     entry = tl.load(tile + 2).to(tl.pointer_type(tl.int64)) + layer * LAYER_WIDTH
-    lora_rank = tl.load(entry + LORA_RANK)
+    lora_rank = tl.load(entry + LORA_RANK).to(tl.int32)
     a = tl.multiple_of(tl.load(entry + SHRINK).to(tl.pointer_type(tl.int8 if INT8 else dtype)), 16)
     row = tl.arange(0, TOKENS)
-    token, real = tl.load(tile) + row, row < tl.load(tile + 1)
-    to = shrunk + (tl.program_id(2).to(tl.int64) * tokens + token)[:, None] * widest
+    token, real = tl.load(tile), row < tl.load(tile + 1)
+    # Places within a tile have 32 bits: registers are few.
+    x += token * columns
+    to = shrunk + (tl.program_id(2).to(tl.int64) * tokens + token) * widest + (row * widest)[:, None]
     for first_rank in range(tl.program_id(1) * RANKS, lora_rank, tl.num_programs(1) * RANKS):
         rank = first_rank + tl.arange(0, RANKS)
         wanted = rank < lora_rank
@@ -148,8 +150,8 @@ def _shrink(
             for first in range(start, tl.minimum(start + slice_length, columns), COLUMNS):
                 column = first + tl.arange(0, COLUMNS)
                 within = column < columns
-                inputs = tl.load(x + token[:, None] * columns + column[None, :], real[:, None] & within[None, :], 0.0)
-                weights = tl.load(a + rank[None, :] * columns + column[:, None], within[:, None] & wanted[None, :], 0)
+                inputs = tl.load(x + (row[:, None] * columns + column[None, :]), real[:, None] & within[None, :], 0.0)
+                weights = tl.load(a + (rank[None, :] * columns + column[:, None]), within[:, None] & wanted[None, :], 0)
                 sums = tl.dot(inputs, weights.to(dtype), sums, input_precision="ieee")
             total += sums
         tl.store(to + rank[None, :], total, real[:, None] & wanted[None, :])
@@ -183,17 +185,19 @@ def _expand(
     begin = tl.program_id(1) * COLUMNS
     column = begin + tl.arange(0, COLUMNS)
     row = tl.arange(0, TOKENS)
-    token, real = tl.load(tile) + row, row < tl.load(tile + 1)
+    token, real = tl.load(tile), row < tl.load(tile + 1)
+    shrunk += token * widest
+    out += token * out_features
     for number in range(0, tl.load(entry + PARTS)):
         part = entry + FIRST_PART + PART_WIDTH * number
-        rank_start, rank_stop = tl.load(part + RANK_START), tl.load(part + RANK_STOP)
-        start, stop = tl.load(part + START), tl.load(part + STOP)
+        rank_start, rank_stop = tl.load(part + RANK_START).to(tl.int32), tl.load(part + RANK_STOP).to(tl.int32)
+        start, stop = tl.load(part + START).to(tl.int32), tl.load(part + STOP).to(tl.int32)
         if ALIGNED:  # otherwise several values may not be loaded at once
             start, stop = tl.multiple_of(start, 16), tl.multiple_of(stop, 16)
         if (start < begin + COLUMNS) & (begin < stop):
             b = tl.multiple_of(tl.load(part + EXPAND).to(tl.pointer_type(tl.int8 if INT8 else dtype)), 16)
             own = (column >= start) & (column < stop)
-            place = out + token[:, None] * out_features + column[None, :]
+            place = out + (row[:, None] * out_features + column[None, :])
             ours = real[:, None] & own[None, :]
             base = tl.load(place, ours, 0.0)  # it arrives during the products
             affine = tl.load(part + AFFINE)
@@ -203,8 +207,10 @@ def _expand(
                 within = rank < rank_stop
                 inputs = tl.zeros([TOKENS, RANKS], tl.float32)
                 for piece in tl.static_range(SLICES):
-                    shrunk_place = (piece * tokens + token)[:, None] * widest + rank[None, :]
-                    inputs += tl.load(shrunk + shrunk_place, real[:, None] & within[None, :], 0.0)
+                    shrunk_place = row[:, None] * widest + rank[None, :]
+                    inputs += tl.load(
+                        shrunk + piece * tokens * widest + shrunk_place, real[:, None] & within[None, :], 0.0
+                    )
                 if INT8:
                     inputs *= tl.load(scales + rank, within, 0.0)[None, :]
                 weight_place = (rank - rank_start)[:, None] * (stop - start) + (column - start)[None, :]
