@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Replace
@@ -34,6 +35,7 @@ from loraplex_shard.lora.peft.own_tokens import read_vocabulary
 from loraplex_shard.lora.peft.reading import cut_adapter, read_adapter, read_deltas
 from loraplex_shard.lora.peft.whole import WholeAdapter
 from loraplex_shard.lora.reader import AdapterReader
+from loraplex_shard.lora.sources.files import TENSORS
 from loraplex_shard.lora.sources.text_files import TOKENIZER, AdapterText, AddedToken, read_text
 from loraplex_shard.lora.stager import Stager
 from loraplex_shard.models.decoder import Decoder
@@ -197,6 +199,23 @@ def test_on_a_rounded_base_logits_are_those_of_peft_on_the_same_matrices(
         assert difference.norm() / adapter.expected.norm() < 0.15, name
 
 
+def test_the_bases_head_is_not_computed_if_every_row_has_its_own(
+    untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = load(untied)
+    adapter = make_adapter(untied, tmp_path, VOCAB, {"modules_to_save": ["lm_head"]})
+    weights = AdapterReader(decoder.layouts, torch.float32, base_of(decoder)).cut(read(tmp_path), ())[1]
+    assert weights is not None
+    hidden, segment = torch.randn(3, decoder.spec.hidden_size), Segment(0, 3, weights.weights)
+    expected = hidden @ load_file(adapter.directory / TENSORS)["base_model.model.lm_head.weight"].T
+    with_base = decoder.logits(torch.cat((hidden, hidden)), (segment,))
+    monkeypatch.setattr(decoder.lm_head, "forward", lambda *_: pytest.fail("it was computed"))
+    alone = decoder.logits(hidden, (segment,))
+    assert alone is not None and with_base is not None
+    torch.testing.assert_close(alone[0], expected)
+    torch.testing.assert_close(with_base[0][:3], expected)
+
+
 LOADING = Lock()  # accelerate patches torch while a model is made
 
 
@@ -212,10 +231,12 @@ def compute(
     `apart`: adapters are read by a stager."""
     reader = AdapterReader(decoder.layouts, torch.float32, base_of(decoder))
     with closing(Stager({"reader": reader})) if apart else nullcontext() as stager:
-        weights = {
-            name: (stager.run(reader.cut, read(adapter.directory)) if stager else reader.cut(read(adapter.directory)))
-            for name, adapter in adapters.items()
-        }
+        weights = {}
+        for name, adapter in adapters.items():
+            files = read(adapter.directory)
+            _, held = stager.run(reader.cut, files, ()) if stager else reader.cut(files, ())
+            assert held is not None
+            weights[name] = held.weights
     sequences = Sequences(decoder, block_size, num_blocks=4 * len(adapters) + 8)
     steps = []
     for part in slice(0, -1), slice(-1, None):
@@ -223,7 +244,7 @@ def compute(
         segments, stop = [], len(chunks["base"])
         for name in adapters:
             start, stop = stop, stop + len(chunks[name])
-            segments.append(Segment(start, stop, weights[name].weights))
+            segments.append(Segment(start, stop, weights[name]))
         steps.append(sequences.step(chunks, tuple(segments)))
     return {name: torch.cat([step[name] for step in steps]) for name in steps[0]}
 

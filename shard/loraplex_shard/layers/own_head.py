@@ -11,6 +11,12 @@ from loraplex_shard.shapes.batch import Segment
 Scored = tuple[torch.Tensor, torch.Tensor]
 
 
+def own_all_logits(segments: Sequence[Segment], rows: int, outputs: int) -> bool:
+    """Whether adapters have rows of their own for all of these outputs of all rows, so that the base's are not used."""
+    owned = [(segment, own) for segment in segments if (own := segment.adapter.own.head) is not None]
+    return sum(segment.stop - segment.start for segment, own in owned if len(own.ids) == outputs) == rows
+
+
 def put_own_logits(ops: Operations, out: torch.Tensor, hidden: torch.Tensor, segments: Sequence[Segment]) -> None:
     """Replaces, in out [n, this rank's outputs of the lm head] of hidden [n, hidden], the base's outputs by those that
     adapters have rows of their own for."""

@@ -14,7 +14,7 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.embedding import Embedding
 from loraplex_shard.layers.linear import ColumnLinear, Linear, RowLinear
 from loraplex_shard.layers.norm import HeadNorm, HiddenNorm, NormLayer, WidthNorm
-from loraplex_shard.layers.own_head import put_own_logits, with_vocabularies
+from loraplex_shard.layers.own_head import own_all_logits, put_own_logits, with_vocabularies
 from loraplex_shard.layers.sinks import Sinks
 from loraplex_shard.lora.peft.base import ServedMatrices, ServedWeights, StoredTensors
 from loraplex_shard.models.build import Build
@@ -170,7 +170,9 @@ class Decoder(nn.Module):
         `segments` are runs of rows of `hidden`, for adapters that touch the lm head. The largest vocabulary among them
         counts; tokens that a row does not have are -inf.
         """
-        out = self.lm_head(hidden, segments)
+        width = self.partition.lm_head_widths[self.group.rank]
+        owned = own_all_logits(segments, len(hidden), width)
+        out = hidden.new_empty((len(hidden), width)) if owned else self.lm_head(hidden, segments)
         put_own_logits(self.ops, out, hidden, segments)
         logits = self.group.gather(out, self.partition.lm_head_widths)
         if logits is None:
