@@ -223,13 +223,13 @@ async def test_a_damaged_upload_is_refused_and_its_neighbours_answer(
 async def test_what_a_router_that_died_left_is_deleted_later(routers: tuple[Cluster, Cluster], path: Path):
     version = await upload(routers[0], b"one")
     left, arriving = (path.with_name(f"{path.name}.uploads") / f"{digit * 32}.tar" for digit in "01")
-    torn = left.with_name(f".{left.name}.new")
-    for each in (left, torn, arriving):
+    torn, note = left.with_name(f".{left.name}.new"), left.with_name("README")
+    for each in (left, torn, arriving, note):
         each.touch()
-    for each in (left, torn):
+    for each in (left, torn, note):
         os.utime(each, (1, 1))
     await upload(routers[1], b"two", "other")
-    assert arriving in kept(path) and not {left, torn} & set(kept(path))
+    assert {arriving, note} < set(kept(path)) and not {left, torn} & set(kept(path))
     assert (await served(routers[1], f"policy@{version}"))[0] == f"policy@{version}"
 
 

@@ -117,10 +117,14 @@ class RegistryFile:
     def _read(self) -> Registered:
         """What the file says. Raises RegistryFileError."""
         content = read_registry(self._path)
-        while not all(map(self.uploads.has, _uploads(opened := self._opened(content)))):
-            former, content = content, read_registry(self._path)
+        while True:
+            opened = self._opened(content)
+            missing = [id for id in _uploads(content) if not self.uploads.has(id)]
+            former, content = content, read_registry(self._path) if missing else content
             if content == former:  # otherwise another router has replaced an upload meanwhile
                 break
+        if missing:
+            logger.error("uploads in the adapter registry are not in %s: %s", self.uploads.path, ", ".join(missing))
         return opened
 
     def _opened(self, content: Registered) -> Registered:

@@ -5,6 +5,7 @@ version there is of it any more.
 """
 
 import os
+import re
 import tarfile
 import time
 import weakref
@@ -21,6 +22,7 @@ from loraplex_router.vocabulary.references import Upload
 
 FORGOTTEN_SECONDS = 3600.0  # after which an upload that no version ever named, since its router died, is deleted
 PART = 1 << 24  # bytes read at a time
+_NAME = re.compile(r"[0-9a-f]{32}\.tar|\.[0-9a-f]{32}\.tar\.new")
 
 
 class UploadFolder:
@@ -56,7 +58,7 @@ class UploadFolder:
         try:
             descriptor = os.open(self._file(id), os.O_RDONLY)
         except OSError as error:
-            return Upload(partial(_refuse, f"its upload cannot be read: {self._file(id)}: {error.strerror}"), id)
+            return Upload(partial(_refuse, f"its upload {id} cannot be read: {error.strerror}"), id)
         upload = self._opened[id] = Upload(partial(_read, descriptor, id), id)
         weakref.finalize(upload, os.close, descriptor)
         return upload
@@ -69,7 +71,8 @@ class UploadFolder:
         for path, status in list(self._files()):
             old = status.st_mtime + FORGOTTEN_SECONDS < time.time()
             if path.stem not in ids and (path.stem in former or old):
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
 
     def remove(self, id: str) -> None:
         with suppress(OSError):
@@ -79,7 +82,8 @@ class UploadFolder:
         """Uploads, and those that are being written."""
         for path in self.path.glob("*"):
             with suppress(FileNotFoundError):
-                yield path, path.stat()
+                if _NAME.fullmatch(path.name):
+                    yield path, path.stat()
 
     def _file(self, id: str) -> Path:
         return self.path / f"{id}.tar"
