@@ -287,8 +287,9 @@ def test_the_last_position_of_the_context_can_be_computed(runner: Runner, refere
 def test_a_warmed_up_runner_gives_the_same_answers(
     runner: Runner, decoder: Decoder, reference: PreTrainedModel, max_batch_tokens: int, flat: bool
 ) -> None:
-    runner._slots = OneAdapter(zero_adapter(decoder.layouts, torch.float32))
+    runner.slots = OneAdapter(zero_adapter(decoder.layouts, torch.float32))
     assert runner.warmup(max_batch_tokens, flat) > 0
+    runner.decode_sizes((1, 2, 512), max_batch_tokens)
     planner = Planner()
     planner.start(0, random_tokens(20, 1))
     planner.run(runner.step, {0: 20})

@@ -82,6 +82,8 @@ class Operations(Protocol):
 
     positions_first: bool
     """The form of the KV cache: whether a position's heads lie side by side in memory (see LayerCache)."""
+    recorded_sizes: tuple[int, ...]
+    """Numbers of tokens for which forward passes are recorded. It takes longer than a step: better before serving."""
 
     def pack(self, matrix: torch.Tensor | Quantized) -> Weight:
         """Packs a matrix [out_features, in_features] for `linear` and `embedding`."""

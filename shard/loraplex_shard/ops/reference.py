@@ -57,6 +57,7 @@ class ReferenceOperations(ExpertOperations):
     """Implements loraplex_shard.ops.base.Operations, which has the docstrings."""
 
     positions_first = False  # either form would do
+    recorded_sizes: tuple[int, ...] = ()
 
     def pack(self, matrix: torch.Tensor | Quantized) -> ReferenceWeight:
         if isinstance(matrix, torch.Tensor):

@@ -206,7 +206,9 @@ def _load(
     def new_runner(cache: KVCache, slots: Slots, max_sequences: int, max_model_len: int) -> Runner:
         return Runner(model, cache, slots, group, max_sequences, max_model_len, device, grammars, pooling, classifier)
 
-    sizes = sizing.fit(settings, model, group, device, kv_dtype, adapter_dtype, max_model_len, new_runner)
+    sizes = sizing.fit(
+        settings, model, group, device, kv_dtype, adapter_dtype, max_model_len, new_runner, ops.recorded_sizes
+    )
     base = BaseModel(
         checkpoint.architecture,
         (checkpoint.model_id, *checkpoint.known_as),
@@ -241,8 +243,8 @@ def _load(
         max_model_len=sizes.max_model_len,
         rank=settings.rank,
         tensor_parallel_size=settings.tp,
-        block_size=sizes.cache.block_size,
-        num_blocks=sizes.cache.num_blocks,
+        block_size=memory.BLOCK_SIZE,
+        num_blocks=sizes.num_blocks,
         max_sequences=sizes.max_sequences,
         max_batch_tokens=sizes.max_batch_tokens,
         longest_step_us=round(sizes.longest_step * 1e6),
@@ -262,7 +264,7 @@ def _load(
     )
     telemetry.metrics.describe(info)
     stager = adapters.read_apart()
-    runner = new_runner(sizes.cache, adapters, sizes.max_sequences, sizes.max_model_len)
+    sizes.runner.slots = adapters
 
     def on_failed_step() -> None:
         if group.size > 1:  # other ranks may have run the plan; a single one's next stream starts afresh
@@ -277,7 +279,7 @@ def _load(
             troubles.report("the process that reads adapters has ended")
 
     return ShardService(
-        steps=StepThread(runner, device, on_failed_step, sizes.longest_step),
+        steps=StepThread(sizes.runner, device, on_failed_step, sizes.longest_step),
         on_failure=on_failure,
         adapters=adapters,
         listing=listing,

@@ -1,7 +1,7 @@
 """Warms a model up on a cache that is thrown away, divides what is left of the rank's memory, and makes the cache."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,8 @@ NewRunner = Callable[[KVCache, Slots, int, int], Runner]  # with max_sequences a
 class Sizes:
     """What a rank has room for, the same on all ranks of a group but for the memory."""
 
-    cache: KVCache
+    runner: Runner  # of the cache; its slots hold no adapters of the store's yet
+    num_blocks: int
     max_sequences: int
     max_model_len: int
     max_batch_tokens: int
@@ -58,16 +59,22 @@ def fit(
     adapter_dtype: torch.dtype,
     max_model_len: int,
     new_runner: NewRunner,
+    recorded_sizes: Sequence[int],
 ) -> Sizes:
-    """All ranks of the group call this at once. Raises SettingsError, naming the setting, if something does not fit."""
+    """All ranks of the group call this at once. `recorded_sizes`: see Operations. Raises SettingsError, naming the
+    setting, if something does not fit."""
     on_device = memory.adapter_device_bytes(settings, device)
     most = memory.fewest(group, memory.fit_sequences(settings, model.state_bytes, device, on_device))
     settings, states = settings.model_copy(update={"max_sequences": most}), most * model.state_bytes
     tokens = max(settings.max_batch_tokens, most)
 
+    slots = OneAdapter(Transfer(device).to_device(zero_adapter(model.layouts, adapter_dtype)))
+
     def warm_up() -> tuple[float, int]:
         cache = model.new_cache(BLOCKS, BLOCK_SIZE, kv_dtype, most)
-        slots = OneAdapter(Transfer(device).to_device(zero_adapter(model.layouts, adapter_dtype)))
+        for layer in cache.layers:  # contexts that were never computed are read
+            for tensor in layer.tensors:
+                tensor.zero_()
         flat = device.type == "cuda"
         return memory.measure_steps(lambda: new_runner(cache, slots, most, max_model_len).warmup(tokens, flat), device)
 
@@ -79,10 +86,14 @@ def fit(
     cache_bytes = num_blocks * block_bytes + states
     on_host = memory.fewest(group, memory.share_for_adapters(settings, cache_bytes, device))
     divided = memory.divide(settings, cache_bytes, steps, on_device if device.type == "cuda" else on_host, device)
+    max_model_len = memory.fit_context(settings, max_model_len, num_blocks)
+    runner = new_runner(model.new_cache(num_blocks, BLOCK_SIZE, kv_dtype, most), slots, most, max_model_len)
+    runner.decode_sizes(recorded_sizes, tokens)
     return Sizes(
-        model.new_cache(num_blocks, BLOCK_SIZE, kv_dtype, most),
+        runner,
+        num_blocks,
         most,
-        memory.fit_context(settings, max_model_len, num_blocks),
+        max_model_len,
         tokens,
         on_host,
         on_device,

@@ -25,6 +25,11 @@ class LayerCache:
     key_scales: torch.Tensor | None  # [num_blocks, kv_heads, block_size] float32, if keys and values are int8
     value_scales: torch.Tensor | None
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        every = self.keys, self.values, self.key_scales, self.value_scales
+        return [tensor for tensor in every if tensor is not None]
+
 
 @dataclass(frozen=True, slots=True)
 class StateForm:

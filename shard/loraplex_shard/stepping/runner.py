@@ -4,6 +4,7 @@ Every rank of a group runs the same plans. Knows nothing of gRPC streams, of thr
 """
 
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -24,7 +25,7 @@ from loraplex_shard.stepping.pooling import Pooling
 from loraplex_shard.stepping.progress import Parts, StepInProgress
 from loraplex_shard.stepping.results import PendingStep
 from loraplex_shard.stepping.rows import Chunks, Rows
-from loraplex_shard.stepping.warmup import Limits, plans
+from loraplex_shard.stepping.warmup import Limits, decodes, plans
 
 
 class Slots(Protocol):
@@ -54,7 +55,7 @@ class Runner:
         constraints = Constraints(grammars, model.vocab_size)
         self._parts = Parts(model, rows, constraints, Pooling(pooling or PoolingSpec()), classifier, group)
         self._cache = cache
-        self._slots = slots
+        self.slots = slots  # may be exchanged between plans
         self._device = device
         self._max_sequences = max_sequences
         self._max_model_len = max_model_len
@@ -103,6 +104,13 @@ class Runner:
         self.clear()
         return longest
 
+    def decode_sizes(self, sizes: Sequence[int], max_batch_tokens: int) -> None:
+        """Runs decodes of these numbers of sequences, so that their passes are recorded; then clears."""
+        limits = Limits(max_batch_tokens, self._max_sequences, self._max_model_len)
+        for plan in decodes(sizes, limits, self._cache, self._parts.model.generates):
+            self.step(plan)
+        self.clear()
+
     def _begin_masks(self, chunks: Chunks) -> Masks | None:
         if self._parts.group.rank != 0:
             return None
@@ -114,7 +122,7 @@ class Runner:
         changes = np.flatnonzero(np.diff(chunks.slots)) + 1
         runs = [0, *changes.tolist(), len(chunks)]
         return tuple(
-            Segment(int(chunks.starts[first]), int(chunks.starts[last]), self._slots.adapter_in(slot))
+            Segment(int(chunks.starts[first]), int(chunks.starts[last]), self.slots.adapter_in(slot))
             for first, last in pairwise(runs)
             if (slot := int(chunks.slots[first]))
         )

@@ -68,6 +68,14 @@ def plans(limits: Limits, cache: KVCache, samples: bool, flat: bool) -> Iterator
             yield _plan(chunks, cache, samples)
 
 
+def decodes(sizes: Sequence[int], limits: Limits, cache: KVCache, samples: bool) -> Iterator[StepRequest]:
+    """Decodes of these numbers of sequences, as far as the limits allow: without an adapter, and with one in slot 1."""
+    for size in sizes:
+        if size <= min(limits.tokens, limits.sequences):
+            for last in Chunk(), Chunk(slot=1):
+                yield _plan([*[Chunk()] * (size - 1), last], cache, samples)
+
+
 def each_stage() -> Iterator[Sampling]:
     for seed, stage in enumerate(STAGES):
         values = {name: VALUES.get(name, OTHERWISE) for name in stage.neutral}

@@ -31,6 +31,7 @@ class CpuOperations(CpuExpertOperations):
     """Implements loraplex_shard.ops.base.Operations, which has the docstrings. Cache blocks have 16 positions."""
 
     positions_first = False
+    recorded_sizes: tuple[int, ...] = ()
 
     def __init__(self, kernels: Kernels) -> None:
         super().__init__(kernels)

@@ -20,7 +20,7 @@ from loraplex_shard.ops.cuda.graphs import Record, Recordings
 from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
 from loraplex_shard.ops.cuda.quantized import IntegerWeight
 from loraplex_shard.ops.cuda.rotary import rotate_and_write
-from loraplex_shard.ops.cuda.step import CudaStep, Kind
+from loraplex_shard.ops.cuda.step import BUCKETS, CudaStep, Kind
 from loraplex_shard.ops.cuda.tiles import make_tiles
 from loraplex_shard.ops.experts import ExpertOperations
 from loraplex_shard.ops.own_weights import norm_runs, part_of, put_own_embeddings, put_own_norms
@@ -57,6 +57,7 @@ class CudaOperations(ExpertOperations):
     """Implements loraplex_shard.ops.base.Operations, which has the docstrings."""
 
     positions_first = True
+    recorded_sizes: tuple[int, ...] = BUCKETS
 
     def __init__(self, device: torch.device, record: Record | None = None) -> None:
         """`record`: GraphRecorder() on a GPU."""
