@@ -7,7 +7,7 @@ of the step's thread, which another process on the machine does not lengthen.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.engine.stepping import CPU, MAX_MODEL_LEN, Stepper, random_adapter
-from bench.gpu.check import Check, DeviceName, Row
+from bench.gpu.check import Row
 from bench.gpu.stub_driver import StubDriver
 from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.device.parallel import Group
@@ -102,13 +102,8 @@ def _thread_seconds(work: Callable[[], object]) -> float:
     return time.thread_time() - began
 
 
-def checks(device: DeviceName) -> Iterator[Check]:
-    """On a machine with a GPU, whose processor is the one that matters. In Triton's interpreter there is no launch."""
-    if device == "cuda":
-        yield Check("decode", _rows)
-
-
-def _rows() -> list[Row]:
+def host_rows() -> list[Row]:
+    """The table for bench.gpu's report."""
     torch.set_num_threads(1)
     table = host_table(BATCHES, ADAPTERS, ROUNDS)
     columns = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}

@@ -24,6 +24,13 @@ TOP = 12  # kernels
 LAUNCH, COPY, WAIT = "Launch", "emcpyAsync", "Synchronize"  # in the names of CUDA's functions
 
 
+def host(device: DeviceName) -> Iterator[Check]:
+    """On a machine with a GPU, whose processor is the one that matters. In Triton's interpreter there are no
+    launches."""
+    if device == "cuda":
+        yield Check("decode", _host)
+
+
 def steps(device: DeviceName) -> Iterator[Check]:
     for load in LOADS[device]:
         yield Check(str(load), partial(_breakdown, device, load))
@@ -32,6 +39,12 @@ def steps(device: DeviceName) -> Iterator[Check]:
 def kernels(device: DeviceName) -> Iterator[Check]:
     for load in LOADS[device]:
         yield Check(str(load), partial(_kernels, device, load))
+
+
+def _host() -> list[Row]:
+    from bench.gpu.host import host_rows  # which sets Triton up for a GPU that is not there
+
+    return host_rows()
 
 
 def _breakdown(device: DeviceName, load: Load) -> Row:

@@ -8,7 +8,6 @@ from bench.gpu import (
     decoders,
     environment,
     graphs,
-    host,
     kernels,
     large,
     memory,
@@ -37,7 +36,7 @@ SECTIONS = (
     Section("memory", "speed", 15, memory.checks),
     Section("kernels", "speed", 40, kernels.checks),
     Section("served", "speed", 80, served.checks),
-    Section("host", "profile", 20, host.checks),
+    Section("host", "profile", 20, profile.host),
     Section("steps", "profile", 25, profile.steps),
     Section("kernels of steps", "profile", 25, profile.kernels),
 )
