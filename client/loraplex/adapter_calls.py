@@ -42,7 +42,8 @@ class AdapterCalls(Connection):
         timeout: float | None = None,
     ) -> Adapter:
         """Uploads an adapter's files, by name: adapter_config.json, adapter_model.safetensors, and what belongs to it.
-        The server keeps them in memory, as the newest version of the name; sequences that run keep the version before.
+        They are the newest version of the name; sequences that run keep the version before. The server keeps them
+        beside its registry file, or in memory if it cannot write one.
 
         Raises AdapterInvalidError, or AdapterConflictError if the name has not `expected_version` (0: none).
         """
