@@ -21,12 +21,12 @@ from loraplex_shard.lora.store import AdapterStore
 from tests.shard.lora_models import BASE, contents, edit_tensors, layouts, save_adapter, whole_deltas
 
 RANK = """
-import socket, time
+import socket
 from tests.shard.test_stager import Shared, Stager
 connection, other_end = socket.socketpair()
 stager = Stager({"shared": Shared()})
 print(stager.run(Shared.of(stager).process)[0], flush=True)
-time.sleep(600)
+stager.run(Shared.of(stager).linger)
 """
 
 
@@ -46,6 +46,10 @@ class Shared:
 
     def fail(self, error: Exception) -> None:
         raise error
+
+    def linger(self) -> None:
+        print(os.getpid(), flush=True)
+        time.sleep(600)
 
     def be_killed(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -94,13 +98,13 @@ def test_the_rank_learns_that_its_stager_has_ended(stager: Stager) -> None:
     assert stager.lost
 
 
-def test_a_stager_ends_with_its_rank_however_that_ends() -> None:
+def test_a_stager_and_its_calls_end_with_their_rank_however_that_ends() -> None:
     with subprocess.Popen([sys.executable, "-c", RANK], stdout=subprocess.PIPE, text=True) as rank:
         assert rank.stdout is not None
-        stager = psutil.Process(int(rank.stdout.readline()))
+        processes = [psutil.Process(int(rank.stdout.readline())) for _ in ("stager", "call")]
         rank.kill()
     deadline = time.monotonic() + 60
-    while stager.is_running() and stager.status() != psutil.STATUS_ZOMBIE:
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

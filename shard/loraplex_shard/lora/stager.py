@@ -6,10 +6,12 @@ it again, and shares its weights' memory. For each call it forks a process of lo
 memory goes back, and what goes wrong there, running out of memory included, is the end of that call alone.
 """
 
+import ctypes
 import os
 import signal
 import socket
 import stat
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -26,6 +28,8 @@ from loraplex_shard.lora.passing import receive, send
 NICE = 10  # where cores are busy, a call gets about a tenth of what a step's thread gets
 FIRST_TO_GO = b"1000"  # the process that the kernel ends when memory runs out
 ONE_CALL = b"."
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened before any fork: a child may inherit held locks
+SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -84,7 +88,7 @@ class Stager:
 
 def _serve(control: socket.socket, shared: Mapping[str, object]) -> None:
     """Forks a process for each connection that arrives, until the rank has ended."""
-    _close_sockets(but=control.fileno())
+    _close_connections(but=control.fileno())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to a terminal's whole group; the rank decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes of calls
@@ -94,8 +98,10 @@ def _serve(control: socket.socket, shared: Mapping[str, object]) -> None:
         message, descriptors, _, _ = socket.recv_fds(control, len(ONE_CALL), 1)
         if not message:
             return
+        stager = os.getpid()
         with socket.socket(fileno=descriptors[0]) as connection, suppress(OSError):  # no process: the rank is told
             if os.fork() == 0:
+                _end_with(stager)
                 control.close()
                 _end_after(lambda: _answer(connection, shared))
 
@@ -126,11 +132,22 @@ def _end_after(work: Callable[[], None]) -> NoReturn:
         os._exit(0)
 
 
-def _close_sockets(but: int) -> None:
-    """Closes the rank's connections, whose other ends would not notice otherwise that the rank has ended. Their numbers
-    stay taken, since objects of the rank that are collected here close them."""
+def _end_with(parent: int) -> None:
+    """The kernel ends this process when its parent has ended, which ends with the rank (Linux only): of a GPU's memory,
+    what the rank had would not be free before all its forks have ended."""
+    if LIBC is not None:
+        LIBC.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended before that
+            os._exit(0)
+
+
+def _close_connections(but: int) -> None:
+    """Closes the rank's sockets, whose other ends would not notice otherwise that it has ended, and its GPU, which
+    nothing here uses. Their numbers stay taken, since objects of the rank that are collected here close them."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):
-            if int(name) != but and stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+            file = f"/proc/self/fd/{name}"
+            is_gpu = os.readlink(file).startswith("/dev/nvidia")
+            if int(name) != but and (is_gpu or stat.S_ISSOCK(os.stat(file).st_mode)):
                 os.dup2(nothing, int(name))
