@@ -23,7 +23,7 @@ from loraplex_shard.layers.parameters import LoadableLayer, ParameterForm
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.models.loading import load_decoder
 from loraplex_shard.ops.choose import choose_operations, load_kernels
-from loraplex_shard.serving.machine import BLOCK_SIZE
+from loraplex_shard.serving.memory import BLOCK_SIZE
 from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.batch import Batch
 

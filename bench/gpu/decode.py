@@ -13,7 +13,7 @@ from bench.engine.stepping import Stepper
 from bench.gpu.check import Check, DeviceName, Row
 from bench.gpu.checkpoints import load, many_adapters, real, tiny
 from bench.gpu.environment import ceilings
-from loraplex_shard.serving.machine import BLOCK_SIZE
+from loraplex_shard.serving.memory import BLOCK_SIZE
 from loraplex_shard.settings import Quantize
 
 MODEL = "Llama 3 8B"
