@@ -112,8 +112,8 @@ async def run(address: str, names: dict[int, list[str]], rounds: int) -> None:
 
 
 def cold(
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds with and without cold adapters, in turns.")] = 5,
-    each: Annotated[int, typer.Option(min=1, help="Cold adapters per round, source and size.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds with and without cold adapters, in turns.")] = 3,
+    each: Annotated[int, typer.Option(min=1, help="Cold adapters per round, source and size.")] = 2,
 ) -> None:
     """Measure cold adapters of three sizes from three sources."""
     with tempfile.TemporaryDirectory() as directory:
