@@ -86,11 +86,11 @@ class ModelSettings(BaseModel):
     )
     max_sequences: int = Field(256, ge=1, le=4096, description="Number of sequences that can run at once.")
     max_batch_tokens: int = Field(
-        256,
-        ge=1,
+        0,
+        ge=0,
         le=65536,
         description="Tokens computed per step: more speeds up long prompts, less smooths streams. At least "
-        "max_sequences.",
+        "max_sequences. 0: 256 on a CPU, 2048 on a GPU.",
     )
     gpu_memory_fraction: float = Field(
         0.9,

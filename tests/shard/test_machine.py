@@ -91,3 +91,9 @@ def test_the_default_context_is_the_models(rope: dict[str, object], longest: int
     assert machine.longest_context(ModelSettings(max_model_len=longest), config) == longest
     with pytest.raises(SettingsError, match=f"max_model_len: {longest + 1} exceeds the model.s limit of {longest}"):
         machine.longest_context(ModelSettings(max_model_len=longest + 1), config)
+
+
+def test_a_gpu_computes_more_tokens_per_step_unless_the_setting_says_otherwise() -> None:
+    assert [machine.batch_tokens(ModelSettings(), device) for device in (CPU, CUDA)] == [256, 2048]
+    assert machine.batch_tokens(ModelSettings(max_batch_tokens=32, max_sequences=8), CUDA) == 32
+    assert machine.batch_tokens(ModelSettings(max_batch_tokens=32, max_sequences=300), CPU) == 300

@@ -7,6 +7,7 @@ from loraplex_shard.checkpoint import Checkpoint
 from loraplex_shard.settings import Device, Dtype, ModelSettings, Quantize, SettingsError
 
 CPU = torch.device("cpu")
+BATCH_TOKENS = {"cpu": 256, "cuda": 2048}  # per step: a GPU needs more to be busy, and computes them sooner
 OLDEST_GPU = 8, 0  # compute capability: Ampere, the first with bfloat16
 FLOAT8_GPU = 8, 9  # Ada and Hopper, the first that multiply float8
 
@@ -64,6 +65,11 @@ def pick_quantize(quantize: Quantize, checkpoint: Checkpoint, device: torch.devi
 
 def multiplies_float8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8_GPU
+
+
+def batch_tokens(settings: ModelSettings, device: torch.device) -> int:
+    """The setting max_batch_tokens, or what suits the device; at least max_sequences, so that every decode fits."""
+    return max(settings.max_batch_tokens or BATCH_TOKENS[device.type], settings.max_sequences)
 
 
 def longest_context(settings: ModelSettings, config: PreTrainedConfig) -> int:

@@ -10,7 +10,7 @@ from loraplex_protos.shard_pb2 import DeviceMemory
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.lora.weights.transfer import Transfer
 from loraplex_shard.models import Model
-from loraplex_shard.serving import memory
+from loraplex_shard.serving import machine, memory
 from loraplex_shard.serving.memory import BLOCK_SIZE
 from loraplex_shard.settings import ModelSettings
 from loraplex_shard.shapes.adapter import AdapterWeights
@@ -66,7 +66,7 @@ def fit(
     on_device = memory.adapter_device_bytes(settings, device)
     most = memory.fewest(group, memory.fit_sequences(settings, model.state_bytes, device, on_device))
     settings, states = settings.model_copy(update={"max_sequences": most}), most * model.state_bytes
-    tokens = max(settings.max_batch_tokens, most)
+    tokens = machine.batch_tokens(settings, device)
 
     slots = OneAdapter(Transfer(device).to_device(zero_adapter(model.layouts, adapter_dtype)))
 
