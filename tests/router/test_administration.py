@@ -12,6 +12,7 @@ from loraplex_protos.errors import (
     AdapterNotFoundError,
     AdapterPinsError,
     InvalidRequestError,
+    LoraplexError,
     UnavailableError,
 )
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_AVAILABLE as AVAILABLE
@@ -164,6 +165,15 @@ async def test_pins_leave_one_slot_to_the_others_on_each_replica(cluster: Cluste
     assert (await listed(cluster))["a"].tier == DEVICE
     cluster.administration.unpin(A)
     assert (await cluster.administration.pin(B)).tier == DEVICE
+
+
+async def test_an_adapter_that_cannot_be_loaded_is_not_pinned(cluster: Cluster):
+    cluster.replica.shards.load_error = LoraplexError("rank 0 failed")
+    with pytest.raises(UnavailableError, match="cannot be loaded onto the device, so it is not pinned"):
+        await cluster.administration.pin(A)
+    cluster.replica.shards.load_error = None
+    assert not (await listed(cluster))["a"].pinned
+    assert (await cluster.administration.pin(A)).tier == DEVICE
 
 
 async def test_a_pin_that_is_unloaded_is_gone(cluster: Cluster):

@@ -365,6 +365,7 @@ class Engine:
             await self._unload(adapter)  # other ranks may have loaded it
             if not (isinstance(error, OverloadedError) and self._waits_for_memory(adapter)):
                 self._fail_waiting(adapter, error)
+                self._pool.unpin(adapter)  # otherwise it would be tried again at once, for ever
         else:
             adapter.ready, adapter.loaded = True, time.monotonic()
 

@@ -270,6 +270,9 @@ class Administration:
         await self._replicas.changes.until(lambda: adapter.ready or not (adapter.pinned and replica.accepting))
         if adapter.pinned and not adapter.ready:
             raise UnavailableError("the replica was lost")
+        if not adapter.ready and self._pins.has(adapter.digest, name.id if isinstance(name, AdapterReference) else ""):
+            self._pins.remove(adapter.digest)
+            raise UnavailableError("it cannot be loaded onto the device, so it is not pinned; the log says why")
         return self.status(name)
 
     def unpin(self, name: AdapterReference | str) -> pb.AdapterStatus:
