@@ -69,8 +69,9 @@ def plans(limits: Limits, cache: KVCache, samples: bool, flat: bool) -> Iterator
 
 
 def decodes(sizes: Sequence[int], limits: Limits, cache: KVCache, samples: bool) -> Iterator[StepRequest]:
-    """Decodes of these numbers of sequences, as far as the limits allow: without an adapter, and with one in slot 1."""
-    for size in sizes:
+    """Decodes of these numbers of sequences, as far as the limits allow: without an adapter, and with one in slot 1.
+    The largest come first, since passes that are recorded share memory."""
+    for size in sorted(sizes, reverse=True):
         if size <= min(limits.tokens, limits.sequences):
             for last in Chunk(), Chunk(slot=1):
                 yield _plan([*[Chunk()] * (size - 1), last], cache, samples)
