@@ -31,7 +31,7 @@ async def router_names() -> set[str]:
 def shard_names() -> set[str]:
     metrics = ShardMetrics()
     metrics.describe(pb.GetInfoResponse(model_id="org/model"))
-    metrics.watch_adapters(lambda: {"host": 0}, lambda: 0)
+    metrics.watch_adapters(lambda: {"host": 0}, lambda: {"host": 0, "device": 0})
     return _names(metrics.registry.collect())
 
 
