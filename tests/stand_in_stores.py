@@ -52,6 +52,8 @@ class StandInStore(ABC):
         self.salt = b""  # before the content of an object whose ETag is not the content's MD5
         self.more_headers: dict[str, str] = {}  # of all objects
         self.cut: int | None = None  # the number of bytes after which the first answer with an object breaks off
+        self._answers = threading.Event()  # else it hangs
+        self._answers.set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         if tls is not None:
             self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
@@ -81,6 +83,17 @@ class StandInStore(ABC):
     def push(self, folder: str, files: dict[str, bytes]) -> None:
         self.objects |= {f"{folder}/{name}": data for name, data in files.items()}
 
+    def hang(self) -> None:
+        """Answers nothing until `release`."""
+        self._answers.clear()
+
+    def release(self) -> None:
+        self._answers.set()
+
+    def wait(self) -> None:
+        """Returns once it answers."""
+        self._answers.wait()
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -88,6 +101,7 @@ class StandInStore(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.release()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -169,6 +183,7 @@ def _handler_of(store: StandInStore) -> type[BaseHTTPRequestHandler]:
             self._answer()
 
         def _answer(self) -> None:
+            store.wait()
             address = urlsplit(self.path)
             key, query = unquote(address.path).lstrip("/"), parse_qs(address.query)
             if "list-type" in query or query.get("comp") == ["list"]:

@@ -6,14 +6,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
+import pytest
+
+from tests.chaos.clock import Clock
 from tests.chaos.proxy import Proxy
 from tests.e2e.processes import Process, Router, free_port
 from tests.e2e.tiny import save_adapter, save_model
 from tests.redis_server import redis_server
 from tests.stand_in_hub import StandInHub
+from tests.stand_in_stores import StandInS3
 
 RANKS = 2
 LOCAL = ("red", "green", "blue")
@@ -30,6 +35,12 @@ class Ranks(Process):
         """The processes of the ranks, now."""
         found = re.findall(r"^rank (\d+) is process (\d+)$", self.log, re.MULTILINE)
         return [pid for _, pid in sorted({int(number): int(pid) for number, pid in found}.items())]
+
+
+class WrongRouter(Router):
+    """A router whose wall clock can be wrong."""
+
+    module = "tests.chaos.clock"
 
 
 class Place:
@@ -55,10 +66,10 @@ class Place:
         if self._router:
             self._router.kill()
 
-    def start(self, shards: str, resume: str) -> None:
+    def start(self, *flags: str, env: Mapping[str, str]) -> None:
         ports = f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}"
         self.outcomes.clear()
-        self._router = Router(f"--shards={shards}", f"--store={resume}", *ports, *FLAGS)
+        self._router = WrongRouter(*flags, *ports, *FLAGS, env=dict(env))
 
 
 class Cluster:
@@ -77,14 +88,22 @@ class Cluster:
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self.hub)
-            self._resume, self.store = stack.enter_context(redis_server(self.folder))
+            self.bucket = stack.enter_context(StandInS3(stack.enter_context(pytest.MonkeyPatch.context())))
+            self._store, self.store = stack.enter_context(redis_server(self.folder))
+            self.clock = Clock(self.folder / "clock")
+            (self.folder / "registry.yaml").write_text("adapters: {}\n")
             model = save_model(self.folder / "model")
             for seed, name in enumerate(LOCAL):
                 save_adapter(model, self.folder / "adapters" / name, 8, seed)
             for port in self.ports:
                 self.proxies.append(await Proxy(port).start())
                 stack.push_async_callback(self.proxies[-1].close)
-            env = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.folder / "hub"), "HF_TOKEN": ""}
+            env = {
+                "HF_ENDPOINT": self.hub.url,
+                "HF_HOME": str(self.folder / "hub"),
+                "HF_TOKEN": "",
+                **self.clock.environment,
+            }
             self.ranks = Ranks(json.dumps([self._flags(number) for number in range(len(self.ports))]), env=env)
             stack.callback(self.ranks.kill)
             for place in self.places:
@@ -102,6 +121,7 @@ class Cluster:
         return [
             f"--model={self.folder / 'model'}",
             f"--adapters={self.folder / 'adapters'}",
+            "--adapters-s3=s3://bucket/fresh",
             f"--listen=127.0.0.1:{self.ports[number]}",
             f"--rendezvous=tcp://127.0.0.1:{self._rendezvous[replica]}",
             *(f"--tp={RANKS}", f"--rank={rank}", "--dtype=float32", "--kv-blocks=512", "--threads=1"),
@@ -112,7 +132,9 @@ class Cluster:
             ",".join(f"127.0.0.1:{self.proxies[replica * RANKS + rank].port}" for rank in range(RANKS))
             for replica in place.replicas
         )
-        await asyncio.to_thread(place.start, shards, self._resume)
+        registry = f"--adapter-registry={self.folder / 'registry.yaml'}"
+        flags = f"--shards={shards}", f"--store={self._store}", registry
+        await asyncio.to_thread(partial(place.start, *flags, env=self.clock.environment))
 
     async def wait_until_ready(self) -> None:
         for place in self.places:

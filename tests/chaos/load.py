@@ -1,8 +1,10 @@
 """The requests of the load. Asked in peace and in chaos, each must get the same answer."""
 
+import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -14,6 +16,7 @@ from tests.chaos.http import post
 
 TOKENS = 160
 RETRIES = 12  # until a router has started again
+SWAP_SECONDS = 0.2  # between the begin of a stream and the upload of its adapter's next version
 CLOSE = 2e-3  # by how much numbers may differ
 RED, GREEN, BLUE = LOCAL
 SCHEMA = {
@@ -69,24 +72,39 @@ class Clients:
     def post(self, path: str, body: object) -> AsyncIterator[dict[str, object]]:
         return post(self._http_port, path, body)
 
-    def push_fresh_adapter(self) -> str:
-        """Pushes an adapter to the hub that no router or shard has seen, with the weights of RED."""
-        folder, number = self._cluster.folder / "adapters" / RED, next(self._fresh)
+    def push_to_hub(self) -> str:
+        """Pushes an adapter that no router or shard has seen, with the weights of RED."""
+        number = next(self._fresh)
+        self._cluster.hub.push(f"fresh/{number}", self._files(RED, number))
+        return f"fresh/{number}"
+
+    def push_to_bucket(self) -> str:
+        number = next(self._fresh)
+        self._cluster.bucket.push(f"bucket/fresh/{number}", self._files(RED, number))
+        return f"s3://bucket/fresh/{number}"
+
+    async def upload(self, local: str, name: str = "") -> str:
+        """Uploads an adapter with the weights of a local one, under a name of its own or as a name's next version."""
+        number = next(self._fresh)
+        name = name or f"uploaded-{number}"
+        await self.grpc.upload_adapter(name, self._files(local, number))
+        return name
+
+    def _files(self, local: str, number: int) -> dict[str, bytes]:
+        folder = self._cluster.folder / "adapters" / local
         config = json.loads((folder / "adapter_config.json").read_bytes()) | {"revision": f"{number}"}
         weights = (folder / "adapter_model.safetensors").read_bytes()
-        files = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": weights}
-        self._cluster.hub.push(f"fresh/{number}", files)
-        return f"fresh/{number}"
+        return {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": weights}
 
 
 Ask = Callable[[Clients], Awaitable[Answer]]
 
 
-def streamed(prompt: Prompt, *, fresh: bool = False, **options: object) -> Ask:
-    """A stream over gRPC. `fresh`: with an adapter that was never asked for."""
+def streamed(prompt: Prompt, *, push: Callable[[Clients], str] | None = None, **options: object) -> Ask:
+    """A stream over gRPC. `push`: brings an adapter that was never asked for."""
 
     async def ask(clients: Clients) -> Answer:
-        adapter = {"adapter": clients.push_fresh_adapter()} if fresh else {}
+        adapter = {"adapter": push(clients)} if push else {}
         given = {"max_new_tokens": TOKENS, "ignore_eos": True, **options, **adapter}
         said: dict[int, Said] = {}
         try:
@@ -145,6 +163,23 @@ def embedded(adapter: str | None) -> Ask:
     return ask
 
 
+async def replaced(clients: Clients) -> Answer:
+    """A stream with an adapter, a newer version of which is uploaded meanwhile, and one with that."""
+    name = await clients.upload(RED)
+    try:
+        former = asyncio.create_task(streamed("Once upon a time", adapter=name)(clients))
+        try:
+            await asyncio.sleep(SWAP_SECONDS)
+            await clients.upload(BLUE, name)
+        finally:
+            first = await former
+        second = await streamed("Once upon a time", adapter=name)(clients)
+    finally:
+        with suppress(LoraplexError):
+            await clients.grpc.remove_adapter(name)
+    return Answer((*first.exact, *second.exact))
+
+
 CASES: dict[str, Ask] = {
     "greedy": streamed("Once upon a time"),
     "greedy, with an adapter": streamed("Once upon a time", adapter=RED),
@@ -158,7 +193,9 @@ CASES: dict[str, Ask] = {
     "a stop text": streamed("Stop", stop=["e", "xyz"], temperature=1.0, seed=12),
     "several adapters": streamed("Which?", adapters=[None, *LOCAL]),
     "merged": streamed("Both", adapter=MergedAdapters([RED, BLUE], [0.5, 0.5])),
-    "a new adapter": streamed("Once upon a time", fresh=True),
+    "a new adapter of the hub": streamed("Once upon a time", push=Clients.push_to_hub),
+    "a new adapter of a bucket": streamed("Once upon a time", push=Clients.push_to_bucket),
+    "an uploaded adapter, which is replaced": replaced,
     "embeddings": embedded(None),
     "embeddings, with an adapter": embedded(GREEN),
     "completions": completed(),

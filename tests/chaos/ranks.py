@@ -13,6 +13,7 @@ import time
 
 from loraplex.cli.main import main
 from loraplex_shard.serving import server  # noqa: F401 (imported before the forks)
+from tests.chaos.clock import follow
 
 PAUSE_SECONDS = 0.2  # before a restart
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
@@ -29,6 +30,7 @@ def start(number: int, flags: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    follow()
     ranks = json.loads(sys.argv[1])
     numbers = {start(number, flags): number for number, flags in enumerate(ranks)}
     while True:

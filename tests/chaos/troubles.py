@@ -11,9 +11,12 @@ from collections.abc import Awaitable, Callable
 
 import psutil
 
-from tests.chaos.cluster import RANKS, Cluster
+from tests.chaos.cluster import RANKS, Cluster, Place
+from tests.stand_in_hub import StandInHub
+from tests.stand_in_stores import StandInS3
 
 SECONDS = (0.3, 6.0)  # how long a trouble lasts
+SHIFTS = (-86400.0, -4000.0, 4000.0, 86400.0)  # seconds
 PAUSE = (0.5, 3.0)  # between two
 NOTICED_SECONDS = 3.0  # until routers know that the store is back
 
@@ -34,9 +37,12 @@ class Troubles:
             "a replica is cut off": (2, self._cut_off_replica),
             "the disk is full": (1, self._fill_disk),
             "the hub hangs": (1, self._hang_hub),
+            "the bucket hangs": (1, self._hang_bucket),
             "the store hangs": (1, self._hang_store),
+            "the clock is shifted": (1, self._shift_clock),
             "a router is killed": (2, self._kill_router),
             "a router is restarted": (1, self._restart_router),
+            "all pods are rolled": (1, self._roll),
         }
 
     def draw(self) -> str:
@@ -71,7 +77,10 @@ class Troubles:
             self._send(rank, signal.SIGKILL)
 
     async def _restart_replica(self) -> None:
-        for rank in self._replica():
+        self._drain(self._replica())
+
+    def _drain(self, ranks: range) -> None:
+        for rank in ranks:
             self._send(rank, signal.SIGTERM)
 
     async def _stop(self) -> None:
@@ -109,10 +118,16 @@ class Troubles:
                 psutil.Process(pid).rlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     async def _hang_hub(self) -> None:
-        self._cluster.hub.hang()
+        await self._hang(self._cluster.hub)
+
+    async def _hang_bucket(self) -> None:
+        await self._hang(self._cluster.bucket)
+
+    async def _hang(self, source: StandInHub | StandInS3) -> None:
+        source.hang()
         with self._cluster.trouble("source"):
             await self._wait()
-        self._cluster.hub.release()
+        source.release()
 
     async def _hang_store(self) -> None:
         self._cluster.store.send_signal(signal.SIGSTOP)
@@ -130,6 +145,27 @@ class Troubles:
 
     async def _restart_router(self) -> None:
         """It finishes what it has."""
-        place = self._dice.choice(self._cluster.places)
+        await self._restart(self._dice.choice(self._cluster.places))
+
+    async def _restart(self, place: Place) -> None:
         assert await asyncio.to_thread(place.router.terminate) == 0
         await self._cluster.start(place)
+
+    async def _shift_clock(self) -> None:
+        """Of all processes, there and back."""
+        self._cluster.clock.set_ahead(self._dice.choice(SHIFTS))
+        await self._wait()
+        self._cluster.clock.set_ahead(0)
+
+    async def _roll(self) -> None:
+        """One pod after the other is restarted, replicas first, each once those before it are ready."""
+        for first in range(0, len(self._cluster.proxies), RANKS):
+            ranks = range(first, first + RANKS)
+            former = self._cluster.ranks.pids()
+            self._drain(ranks)
+            while any(self._cluster.ranks.pids()[rank] == former[rank] for rank in ranks):
+                await asyncio.sleep(0.1)
+            await self._cluster.wait_until_ready()
+        for place in self._cluster.places:
+            await self._restart(place)
+            await self._cluster.wait_until_ready()

@@ -127,8 +127,9 @@ class Server(Edge):
 class Router(Edge):
     """`loraplex router`, which listens before any shards run."""
 
-    def __init__(self, *flags: str) -> None:
-        super().__init__("router", *flags, address=r"port (\d+) \(gRPC\)", url=r"port (\d+) \(HTTP\)")
+    def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:
+        patterns = {"address": r"port (\d+) \(gRPC\)", "url": r"port (\d+) \(HTTP\)"}
+        super().__init__("router", *flags, **patterns, env=env)
         self.address, self.url = f"127.0.0.1:{self.address}", f"http://127.0.0.1:{self.url}"
 
 
