@@ -1,4 +1,4 @@
-"""Flags of vLLM, SGLang, TGI, LoRAX and llama.cpp, and their equivalents here."""
+"""Flags of vLLM, SGLang, TGI, LoRAX, llama.cpp and earlier versions, and their equivalents here."""
 
 from collections.abc import Iterable
 
@@ -49,6 +49,7 @@ HABITS = {
     "--cors-allow-origin": "--cors-origins",
     "--allowed-origins": "--cors-origins",
     "--json-output": "--log-format json",
+    "--resume": "--store",  # its former name
 }
 
 
