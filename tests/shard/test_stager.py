@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,7 +15,13 @@ import psutil
 import pytest
 import torch
 
-from loraplex_protos.errors import AdapterInvalidError, FieldViolation, InvalidRequestError, OverloadedError
+from loraplex_protos.errors import (
+    AdapterInvalidError,
+    FieldViolation,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.stager import NICE, Stager
 from loraplex_shard.lora.store import AdapterStore
@@ -85,17 +92,24 @@ def test_a_call_whose_process_is_killed_fails_alone(stager: Stager) -> None:
     with pytest.raises(OverloadedError, match="has been killed"):
         stager.run(shared.be_killed)
     assert stager.run(shared.process)[0] != os.getpid()
-    assert not stager.lost
 
 
-def test_the_rank_learns_that_its_stager_has_ended(stager: Stager) -> None:
-    shared = Shared.of(stager)
-    process = psutil.Process(stager.run(shared.process)[0])
-    process.kill()
+def test_the_rank_learns_at_once_that_its_stager_has_ended() -> None:
+    lost = threading.Event()
+    with closing(Stager({"shared": Shared()}, lost.set)) as stager:
+        psutil.Process(stager.run(Shared.of(stager).process)[0]).kill()
+        assert lost.wait(60)
+        with pytest.raises(UnavailableError, match="its shard restarts"):
+            stager.run(Shared.of(stager).process)
+
+
+def test_a_stager_that_is_closed_is_not_lost() -> None:
+    lost = threading.Event()
+    stager = Stager({"shared": Shared()}, lost.set)
+    process = psutil.Process(stager.run(Shared.of(stager).process)[0])
+    stager.close()
     process.wait(60)
-    with pytest.raises(RuntimeError, match="the stager has ended"):
-        stager.run(shared.process)
-    assert stager.lost
+    assert not lost.wait(0.2)
 
 
 def test_a_stager_and_its_calls_end_with_their_rank_however_that_ends() -> None:

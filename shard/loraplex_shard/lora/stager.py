@@ -17,12 +17,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from threading import BoundedSemaphore
+from threading import BoundedSemaphore, Thread
 from typing import NoReturn, TypeVar, TypeVarTuple
 
 import torch
 
-from loraplex_protos.errors import LoraplexError, OverloadedError
+from loraplex_protos.errors import LoraplexError, OverloadedError, UnavailableError
 from loraplex_shard.lora.passing import receive, send
 
 NICE = 10  # where cores are busy, a call gets about a tenth of what a step's thread gets
@@ -38,14 +38,16 @@ Ts = TypeVarTuple("Ts")
 class Stager:
     """Makes calls in processes of their own. May be used from any thread."""
 
-    def __init__(self, shared: Mapping[str, object]) -> None:
+    def __init__(self, shared: Mapping[str, object], on_lost: Callable[[], None] = lambda: None) -> None:
         """`shared`: the objects whose methods are called, and others that arguments consist of, by any names. They are
-        known as they are now."""
+        known as they are now. `on_lost` is called, on a thread, when the stager has ended before `close`: there are no
+        more calls then."""
         self._shared = dict(shared)
+        self._on_lost = on_lost
+        self._closed = False
         self._control, theirs = socket.socketpair()
         # More at a time would take as many tenths.
         self._places = BoundedSemaphore(max(1, (os.cpu_count() or 1) // 2))
-        self.lost = False  # the stager has ended: there are no more calls
         with warnings.catch_warnings():
             # Python 3.12 warns of forks where there are threads. None of them holds what the stager needs.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -53,10 +55,11 @@ class Stager:
         if child == 0:
             _end_after(lambda: _serve(theirs, self._shared))
         theirs.close()
+        Thread(target=self._watch, args=(child,), name="stager", daemon=True).start()
 
     def run(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         """Calls a method of a shared object. Raises the LoraplexErrors that it raises, OverloadedError if its process
-        is killed, and RuntimeError for all other errors."""
+        is killed, UnavailableError if the stager has ended, and RuntimeError for all other errors."""
         with self._places:
             ours, theirs = socket.socketpair()
             with ours:
@@ -76,14 +79,19 @@ class Stager:
 
     def close(self) -> None:
         """Ends the stager, once its calls have ended."""
+        self._closed = True
         self._control.close()
+
+    def _watch(self, process: int) -> None:
+        os.waitpid(process, 0)
+        if not self._closed:
+            self._on_lost()
 
     def _begin(self, connection: socket.socket) -> None:
         try:
             socket.send_fds(self._control, [ONE_CALL], [connection.fileno()])
         except OSError as error:
-            self.lost = True
-            raise RuntimeError("the stager has ended") from error
+            raise UnavailableError("the process that reads adapters has ended, and its shard restarts") from error
 
 
 def _serve(control: socket.socket, shared: Mapping[str, object]) -> None:

@@ -105,10 +105,11 @@ class AdapterStore:
         self._host: dict[str, HostAdapter] = {}  # by digest
         self._slots: dict[int, tuple[str, AdapterWeights]] = {}
 
-    def read_apart(self) -> Stager:
+    def read_apart(self, on_lost: Callable[[], None] = lambda: None) -> Stager:
         """From now on, a stager reads adapters, not the calling thread. Call it while no other thread uses the store,
-        and close the stager at the end."""
-        self._stager = Stager({"reader": self._reader, **{source.name: source for source in self._sources}})
+        and close the stager at the end. `on_lost`: see Stager."""
+        shared = {"reader": self._reader, **{source.name: source for source in self._sources}}
+        self._stager = Stager(shared, on_lost)
         return self._stager
 
     def stage(self, id: str, source: str, revision: str, token: str) -> StagedAdapter:

@@ -1,10 +1,14 @@
 """What the machine that a rank runs on offers, and what the settings make of it."""
 
+import logging
+
 import torch
 from transformers import PreTrainedConfig
 
 from loraplex_shard.checkpoint import Checkpoint
 from loraplex_shard.settings import Device, Dtype, ModelSettings, Quantize, SettingsError
+
+logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 BATCH_TOKENS = {"cpu": 256, "cuda": 2048}  # per step: a GPU needs more to be busy, and computes them sooner
@@ -69,7 +73,10 @@ def multiplies_float8(device: torch.device) -> bool:
 
 def batch_tokens(settings: ModelSettings, device: torch.device) -> int:
     """The setting max_batch_tokens, or what suits the device; at least max_sequences, so that every decode fits."""
-    return max(settings.max_batch_tokens or BATCH_TOKENS[device.type], settings.max_sequences)
+    least = settings.max_sequences
+    if 0 < settings.max_batch_tokens < least:
+        logger.warning("max_batch_tokens: %d is raised to max_sequences, %d", settings.max_batch_tokens, least)
+    return max(settings.max_batch_tokens or BATCH_TOKENS[device.type], least)
 
 
 def longest_context(settings: ModelSettings, config: PreTrainedConfig) -> int:

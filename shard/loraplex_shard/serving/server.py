@@ -263,7 +263,7 @@ def _load(
         matryoshka_dimensions=matryoshka_dimensions(checkpoint.config),
     )
     telemetry.metrics.describe(info)
-    stager = adapters.read_apart()
+    adapters.read_apart(lambda: troubles.report("the process that reads adapters has ended"))
     sizes.runner.slots = adapters
 
     def on_failed_step() -> None:
@@ -275,8 +275,6 @@ def _load(
     def on_failure() -> None:
         if gpus.is_lost(device):
             troubles.report("nothing works on the GPU any more")
-        if stager.lost:
-            troubles.report("the process that reads adapters has ended")
 
     return ShardService(
         steps=StepThread(sizes.runner, device, on_failed_step, sizes.longest_step),
