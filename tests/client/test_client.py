@@ -115,10 +115,13 @@ def test_closing_the_stream_cancels_the_request(client: Client, servicer: Script
 def test_an_interrupt_cancels_the_request(call: str, address: str, servicer: ScriptedServicer) -> None:
     code = f"from loraplex import Client\nclient = Client({address!r})\n{call}"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
-        while not servicer.requests:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate()
+        try:
+            while not servicer.requests:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate()
+        finally:
+            process.kill()  # else a test that takes too long would wait for it for ever
     assert "KeyboardInterrupt" in stderr
     assert servicer.left.wait(10)
 
