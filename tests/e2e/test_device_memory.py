@@ -30,7 +30,7 @@ def test_adapters_take_turns_in_memory_and_one_that_never_fits_is_refused(
             answers = list(pool.map(answer, NAMES * 3))
         prompt = byte_tokenizer().encode(PROMPT)
         assert answers == [oracle.generate(prompt, name, 24)[0] for name in NAMES * 3]
-        assert server.metric('loraplex_adapter_evictions_total{tier="device"}') >= 2
+        assert server.metric('loraplex_adapter_evictions_total{tier="device"}') >= 1
         with pytest.raises(AdapterInvalidError, match=rf"bytes of the device's memory, .* may take {ROOM:,}"):
             answer("r64")
         server.assert_nothing_is_held()

@@ -95,12 +95,12 @@ def test_a_sequence_that_is_not_finite_does_not_change_others_in_its_batch(direc
     torch.testing.assert_close(together["a"], alone.step({"a": [2]})["a"])
 
 
-def test_the_cache_has_the_announced_size(directory: Path) -> None:
+def test_the_cache_has_the_announced_size_and_a_spare_block(directory: Path) -> None:
     decoder = load(directory, torch.bfloat16)
     cache = decoder.new_cache(num_blocks=5, block_size=4)
     total = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-    assert total == 5 * decoder.cache_block_bytes(block_size=4)
-    assert cache.layers[0].keys.shape == (5, 2, 8, 4)
+    assert total == 6 * decoder.cache_block_bytes(block_size=4)
+    assert cache.layers[0].keys.shape == (6, 2, 8, 4)
 
 
 def test_the_layouts_name_every_linear_layer(directory: Path) -> None:
