@@ -41,7 +41,7 @@ async def test_states_follow_their_sequences_through_chunks_several_answers_and_
     tokenizer.save_pretrained(model)
     for seed, name in enumerate(["one", "other"]):
         save_adapter(model, adapters / name, 4 + seed, seed=seed, target_modules=TARGETS)
-    flags = f"--adapters={adapters}", "--kv-blocks=24", "--max-batch-tokens=32", "--max-sequences=32", "--threads=1"
+    flags = f"--adapters={adapters}", "--kv-blocks=16", "--max-batch-tokens=32", "--max-sequences=32", "--threads=1"
     questions = [(name, prompt) for prompt in PROMPTS for name in (None, "one", "other")]
     with Server(str(model), *flags) as server:
         with Client(server.address) as client:
