@@ -26,17 +26,9 @@ from tests.shard.planner import (
     greedy,
     random_tokens,
     save_adapter,
-    save_llama,
 )
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("llama")
-    save_llama(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -32,17 +32,9 @@ from tests.shard.planner import (
     greedy,
     random_tokens,
     save_adapter,
-    save_llama,
 )
 
 RANDOM = Sampling(temperature=1.5, top_p=0.95, repetition_penalty=1.2, frequency_penalty=0.1, seed=11)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("llama")
-    save_llama(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.stepping.runner import Runner
 from tests.shard.absent_gpu import DEVICE, Counts, counted
 from tests.shard.decoders import adapter_for
-from tests.shard.planner import BLOCK_SIZE, GREEDY, MAX_MODEL_LEN, NUM_BLOCKS, Planner, random_tokens, save_llama
+from tests.shard.planner import BLOCK_SIZE, GREEDY, MAX_MODEL_LEN, NUM_BLOCKS, Planner, random_tokens
 
 
 class Slots:
@@ -29,13 +29,6 @@ class Slots:
 
     def adapter_in(self, slot: int) -> AdapterWeights:
         return self._adapters[slot - 1]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("llama")
-    save_llama(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from loraplex_shard.device.memory import view_at
+
 ALIGNMENT = 16  # bytes: kernels load that much at once
 
 
@@ -22,8 +24,7 @@ def to_device(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[torc
 
     def views(memory: torch.Tensor) -> list[torch.Tensor]:
         return [
-            memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for begin, tensor in zip(begins, given, strict=False)
+            view_at(memory, begin, tensor.dtype, tensor.shape) for begin, tensor in zip(begins, given, strict=False)
         ]
 
     # A GPU reads pinned memory by itself. torch keeps it from being used again before that.

@@ -7,6 +7,7 @@ well as for the bytes.
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -28,6 +29,12 @@ def reserve(size: int) -> torch.Tensor:
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)  # no more than what is used
     return whole[start : start + size]
+
+
+def view_at(memory: torch.Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """The tensor of this dtype and shape that begins at byte `start` of the memory, which is uint8."""
+    shape = torch.Size(shape)
+    return memory[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
 def keep_freed() -> None:

@@ -21,6 +21,7 @@ import torch
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_shard.device.handed_memory import HandedMemory
+from loraplex_shard.device.memory import view_at
 from loraplex_shard.shapes.adapter import AdapterWeights
 
 _HEADER = struct.Struct("<QQ")  # bytes of the pickled object, and buffers
@@ -93,7 +94,7 @@ class _Pickler(pickle.Pickler):
             case torch.Tensor():
                 assert self._memory is not None
                 start = value.data_ptr() - self._memory.data_ptr() if value.nbytes else 0
-                return _view, (self._memory, start, value.nbytes, value.dtype, tuple(value.shape))
+                return view_at, (self._memory, start, value.dtype, tuple(value.shape))
             case AdapterWeights():
                 self._memory = value.memory
             case LoraplexError():
@@ -115,10 +116,6 @@ class _Unpickler(pickle.Unpickler):
 
 def _whole(buffer: memoryview) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8) if len(buffer) else torch.empty(0, dtype=torch.uint8)
-
-
-def _view(memory: torch.Tensor, start: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    return memory[start : start + size].view(dtype).view(shape)
 
 
 def _error(kind: type[LoraplexError], args: tuple[object, ...], attributes: dict[str, object]) -> LoraplexError:

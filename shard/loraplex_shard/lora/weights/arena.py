@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from loraplex_shard.device.memory import reserve
+from loraplex_shard.device.memory import reserve, view_at
 from loraplex_shard.shapes.adapter import AdapterWeights, LayerWeights
 from loraplex_shard.shapes.classifier import Classifier
 from loraplex_shard.shapes.own_weights import NOTHING, OwnWeights
@@ -29,7 +29,7 @@ def in_one_piece(
     def copy(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal end
         start, end = end, end + _aligned(tensor.nbytes)
-        return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return view_at(memory, start, tensor.dtype, tensor.shape).copy_(tensor)
 
     held = {name: layer.map(copy) for name, layer in layers.items()}
     kept = own.map(copy)
