@@ -83,7 +83,8 @@ class Stager:
         self._control.close()
 
     def _watch(self, process: int) -> None:
-        os.waitpid(process, 0)
+        with suppress(ChildProcessError):  # somebody else has waited for it: it has ended, too
+            os.waitpid(process, 0)
         if not self._closed:
             self._on_lost()
 
