@@ -7,14 +7,8 @@ allocated as sequences grow. When they run out, the youngest sequence without a 
 up its blocks and is recomputed later.
 
 New sequences: fairness.py decides whose turn it is, among tenants and their adapters. If all rows or blocks are taken,
-someone with much more than the newcomer yields a place. An adapter may start sequences when it is on the device and
-entitled. kv_shares.py says which tenants hold more blocks than they may while others want them.
-
-Slots: the adapters whose oldest sequence has waited longest are entitled, as many as have slots and fit into the
-device's memory together; but an adapter on the device
-stays entitled for a bounded turn of further sequences while others wait for a slot. An adapter that is not entitled
-starts nothing, so it becomes idle and can be evicted: nobody starves, and adapters do not swap places for every
-sequence. Pinned adapters are always entitled; the rest share the remaining slots.
+someone with much more than the newcomer yields a place. An adapter may start sequences if it is on the device and
+entitled: see entitlement.py. kv_shares.py says which tenants hold more blocks than they may while others want them.
 
 An activated adapter acts from a position in the prompt on. Chunks are cut there: those before are the base model's, as
 are the blocks before, which all of its adapters then share.
@@ -25,25 +19,25 @@ wait for one. In the meantime they wait with their rows and blocks, but give up 
 Suspects (see suspects.py) are computed in plans of their own, which alternate with the other plans.
 """
 
-from bisect import bisect, insort
-from collections import deque
+from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from math import inf
 from operator import attrgetter
 from typing import NamedTuple
 
-from loraplex_router.engine.blocks import BlockAllocator, branch_key, next_key, root_key
+from loraplex_router.engine.blocks import BlockAllocator
+from loraplex_router.engine.entitlement import Entitlement
 from loraplex_router.engine.fairness import Shares
 from loraplex_router.engine.kv_shares import KvShares
 from loraplex_router.engine.pool import AdapterPool
+from loraplex_router.engine.prefixes import Prefixes
+from loraplex_router.engine.queues import Queues
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.sequence import Chunk, Payer, Plan, Sequence
 
 MAX_STARTED = 2_000_000  # tokens, with prefixes, of sequences that start in one plan: what fits into one message
 BACKGROUND_STEP = 4  # a background step has at most one part in so many of the tokens of others
-TURN = 16  # sequences that an adapter may start on its slot while older sequences wait for a slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +62,16 @@ class Scheduler:
         self._limits = limits
         self._blocks = blocks
         self._adapters = adapters
-        self._waiting: dict[Adapter, dict[Payer, deque[Sequence]]] = {}
+        self._prefixes = Prefixes(blocks, limits.block_size, limits.shares_prefixes, limits.reuses_prefixes)
+        self._queues = Queues()
+        self._entitlement = Entitlement(adapters, self._queues)
         self._shares = Shares()
         self._kv_shares = KvShares(blocks.num_blocks)
         self._running: list[Sequence] = []  # oldest first
         self._num_background = 0  # sequences, running or waiting
         self._free_rows = list(range(limits.max_sequences - 1, -1, -1))
-        self._contended = False  # an adapter waits for a slot
         self._suspects: set[Sequence] = set()
         self._alone = True  # whether the last plan was a suspect's
-        self.num_waiting = 0
         self.num_preemptions = 0  # for lack of blocks
         self.num_yields = 0  # for fairness
 
@@ -94,13 +88,17 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queues)
+
     def waiting_by_tenant(self) -> dict[str, int]:
         """How many sequences wait, by their tenants' names."""
         return self._shares.waiting()
 
     def waiting(self, adapter: Adapter, tenant: str) -> Iterable[Sequence]:
         """A tenant's sequences that wait for the adapter, without background ones, oldest first."""
-        return self._waiting.get(adapter, {}).get(Payer(tenant), ())
+        return self._queues.of_payer(adapter, Payer(tenant))
 
     # ---- sequences come and go -------------------------------------------------------------------------------
 
@@ -116,14 +114,14 @@ class Scheduler:
         """A sample that was in flight has arrived."""
         sequence.tokens.append(token)
         sequence.in_flight -= 1
-        self._cache_full_blocks(sequence)
+        self._prefixes.cache(sequence)
 
     def fast_forward(self, sequence: Sequence, token: int) -> None:
         """A fast-forward token has arrived after a sample. Plans in flight end before it, so they will not bring
         another sample."""
         sequence.tokens.append(token)
         sequence.in_flight = 0
-        self._cache_full_blocks(sequence)
+        self._prefixes.cache(sequence)
 
     def add_unscored(self, sequence: Sequence, tokens: Iterable[int]) -> None:
         """Fast-forward tokens are known, but cannot be shown before their logprobs. Tokens beyond the sequence's limit
@@ -140,7 +138,7 @@ class Scheduler:
         sequence.finished = True
         self._num_background -= sequence.background
         if sequence.row is None:
-            self._dequeue(sequence)
+            self._queues.remove(sequence)
             self._shares.stop_waiting(sequence)
         else:
             self._stop_running(sequence)
@@ -161,12 +159,7 @@ class Scheduler:
         """The slots that change hands now. The caller loads the adapters that got one and then sets `ready`, or
         releases the slot; it unloads those that lost one, releases the slots, and then calls this again."""
         entitled = self._entitled()
-        lacking = [adapter for adapter in self._adapters.pinned if not adapter.waiting] + entitled
-        lacking = [adapter for adapter in lacking if adapter.slot is None]
-        claimed = [adapter for adapter in lacking if self._adapters.claim_slot(adapter)]
-        for adapter in claimed:
-            adapter.turn = TURN
-        lacking = [adapter for adapter in lacking if adapter.slot is None]
+        claimed, lacking = self._entitlement.claim(entitled)
         return SlotChanges(claimed, self._evict_for(lacking, entitled) if lacking else [])
 
     def _evict_for(self, lacking: list[Adapter], entitled: list[Adapter]) -> list[Adapter]:
@@ -184,37 +177,12 @@ class Scheduler:
 
     def _in_foreground(self) -> set[Adapter]:
         """The adapters with sequences that are not background ones."""
-        waiting = {adapter for adapter, queues in self._waiting.items() if any(not key.background for key in queues)}
-        return waiting | {sequence.adapter for sequence in self._running if not sequence.background}
+        return self._queues.in_foreground() | {
+            sequence.adapter for sequence in self._running if not sequence.background
+        }
 
     def _entitled(self) -> list[Adapter]:
-        """The adapters that may start sequences, in the order of their claim to a slot. The base model needs no
-        slot."""
-        waiting = [adapter for adapter in self._waiting if adapter is not self._adapters.base]
-        if not waiting:  # most steps: avoids iterating over thousands of staged adapters
-            self._contended = False
-            return []
-        on_device = self._adapters.on_device()
-        self._watch_contention(any(adapter.slot is None for adapter in waiting), on_device)
-        holders = [adapter for adapter in on_device if adapter.in_use and not adapter.waiting]
-        others = [adapter for adapter in waiting + holders if not adapter.pinned]
-        if self._num_background:
-            foreground = self._in_foreground()
-            others.sort(key=lambda adapter: (adapter not in foreground, *self._claim_order(adapter)))
-        else:
-            others.sort(key=self._claim_order)
-        return [adapter for adapter in waiting if adapter.pinned] + self._adapters.fitting(others)
-
-    def _claim_order(self, adapter: Adapter) -> tuple[bool, float]:
-        keeps_its_turn = adapter.slot is not None and adapter.turn > 0
-        oldest = min((queue[0].number for queue in self._waiting.get(adapter, {}).values()), default=inf)
-        return not keeps_its_turn, oldest
-
-    def _watch_contention(self, contended: bool, on_device: list[Adapter]) -> None:
-        if contended and not self._contended:
-            for adapter in on_device:
-                adapter.turn = TURN
-        self._contended = contended
+        return self._entitlement.entitled(self._in_foreground() if self._num_background else None)
 
     # ---- the next step ---------------------------------------------------------------------------------------
 
@@ -336,7 +304,7 @@ class Scheduler:
         if not sequence.suspect:  # no longer
             sequence.alone_until = 0
         sequence.in_flight += samples
-        self._cache_full_blocks(sequence)  # for others with the same prompt, even in this step
+        self._prefixes.cache(sequence)  # for others with the same prompt, even in this step
         return length
 
     def _preempted_first(self, running: Sequence) -> tuple[bool, bool, int]:
@@ -355,7 +323,7 @@ class Scheduler:
     def _next_to_start(self) -> Sequence | None:
         if not self.num_waiting:
             return None
-        queues = [queue for adapter in self._startable() for queue in self._waiting[adapter].values()]
+        queues = [queue for adapter in self._startable() for queue in self._queues.of(adapter)]
         heads = [head for queue in queues if (head := next((s for s in queue if not s.suspect), None))]
         heads = [head for head in heads if not head.in_flight]  # preempted, and its last sample not known yet
         return min(heads, key=self._turn, default=None)
@@ -369,7 +337,7 @@ class Scheduler:
         """Whether its tenant would hold more blocks than its share if it ran."""
         if not self._kv_shares or head.kv_share >= 1:
             return False
-        hit = self._find_prefix(head)
+        hit = self._prefixes.find(head)
         return self._kv_shares.exceeded_by(head, hit, self._count_blocks(len(head.tokens)) - len(hit))
 
     def _has_room(self, head: Sequence) -> bool:
@@ -387,7 +355,7 @@ class Scheduler:
     def _yield_place(self) -> bool:
         """If the next sequence has no place, those with much more yield as much as it needs. Returns whether it can
         start now."""
-        if not self._free_rows and self._shares.even(self._waiting.keys()):
+        if not self._free_rows and self._shares.even(self._queues.adapters):
             return False
         head = self._next_to_start()
         while head and not self._find_room(head):
@@ -422,16 +390,16 @@ class Scheduler:
         return [adapter for adapter in (self._adapters.base, *self._entitled()) if adapter.ready and adapter.waiting]
 
     def _fits(self, sequence: Sequence) -> bool:
-        hit = self._find_prefix(sequence)
+        hit = self._prefixes.find(sequence)
         needed = self._count_blocks(len(sequence.tokens)) - len(hit) + self._blocks.count_idle(hit)
         return needed <= self._blocks.available
 
     def _start(self, sequence: Sequence) -> None:
-        self._dequeue(sequence)
+        self._queues.remove(sequence)
         self._shares.run(sequence)
         sequence.row = self._free_rows.pop()
         sequence.attempts += 1
-        sequence.blocks = self._find_prefix(sequence)
+        sequence.blocks = self._prefixes.find(sequence)
         self._blocks.hold(sequence.blocks)
         self._kv_shares.start(sequence)
         sequence.cached_blocks = len(sequence.blocks)
@@ -441,8 +409,7 @@ class Scheduler:
         insort(self._running, sequence, key=lambda running: running.number)
         adapter = sequence.adapter
         adapter.running += 1
-        if self._contended and adapter.turn:
-            adapter.turn -= 1
+        self._entitlement.started(adapter)
 
     def _stop_running(self, sequence: Sequence) -> None:
         assert sequence.row is not None
@@ -456,58 +423,8 @@ class Scheduler:
         sequence.adapter.running -= 1
 
     def _enqueue(self, sequence: Sequence) -> None:
-        queue = self._waiting.setdefault(sequence.adapter, {}).setdefault(sequence.payer, deque())
         self._shares.wait(sequence)
-        if queue and queue[-1].number > sequence.number:  # it was preempted, or moved from another replica
-            queue.insert(bisect(queue, sequence.number, key=lambda waiting: waiting.number), sequence)
-        else:
-            queue.append(sequence)
-        sequence.adapter.waiting += 1
-        self.num_waiting += 1
-
-    def _dequeue(self, sequence: Sequence) -> None:
-        queues = self._waiting[sequence.adapter]
-        queue = queues[sequence.payer]
-        queue.remove(sequence)
-        if not queue:
-            del queues[sequence.payer]
-        if not queues:
-            del self._waiting[sequence.adapter]
-        sequence.adapter.waiting -= 1
-        self.num_waiting -= 1
-
-    # ---- prefix cache ----------------------------------------------------------------------------------------
+        self._queues.add(sequence)
 
     def _count_blocks(self, positions: int) -> int:
         return -(-positions // self._limits.block_size)
-
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """The cached blocks that the sequence can start with. At least one position is left to compute, for sampling;
-        all are left if every position's result is needed."""
-        if sequence.detail.prompt_logprobs or sequence.detail.pool or not self._limits.reuses_prefixes:
-            return []
-        full = (len(sequence.tokens) - 1 - sequence.unscored) // self._limits.block_size
-        return self._blocks.find(self._keys(sequence, full))
-
-    def _cache_full_blocks(self, sequence: Sequence) -> None:
-        full = min(sequence.computed, len(sequence.tokens)) // self._limits.block_size
-        if full > sequence.cached_blocks and self._limits.reuses_prefixes:
-            keys = self._keys(sequence, full)
-            for index in range(sequence.cached_blocks, full):
-                self._blocks.cache(sequence.blocks[index], keys[index])
-            sequence.cached_blocks = full
-
-    def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
-        """The keys of the sequence's first `count` blocks, computed once each."""
-        keys, size = sequence.block_keys, self._limits.block_size
-        while len(keys) < count:
-            start = len(keys) * size
-            parent = keys[-1] if keys else self._root_key(sequence)
-            if start <= sequence.acts_from < start + size:
-                parent = branch_key(parent, sequence.adapter.digest, sequence.acts_from)
-            keys.append(next_key(parent, sequence.tokens[start : start + size]))
-        return keys[:count]
-
-    def _root_key(self, sequence: Sequence) -> bytes:
-        tenant = "" if self._limits.shares_prefixes else sequence.tenant
-        return root_key(tenant, sequence.cache_salt)
