@@ -21,6 +21,7 @@ from loraplex_router.settings import RouterSettings
 from loraplex_shard.settings import NodeSettings
 
 CHART = Path(__file__).parent / "loraplex"
+FORMER: dict[str, str] = yaml.safe_load((CHART / "former-values.yaml").read_text())
 SCHEMAS = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema"
 SETTINGS: dict[str, type[BaseModel]] = {"router": RouterSettings, "shard": NodeSettings}
 MTLS = {"mtls_cert", "mtls_key", "mtls_ca"}
@@ -34,9 +35,16 @@ KEPT = {"type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaxi
 
 
 def schema(values: list[Value]) -> str:
-    """values.schema.json: unknown keys are refused everywhere except in Kubernetes' own objects."""
+    """values.schema.json: unknown keys are refused everywhere except in Kubernetes' own objects. Those of earlier
+    versions are refused by a template, which says what to do instead."""
     properties: Schema = {value.name: _resolve(value.schema()) for value in values}
     properties["global"] = {"type": "object"}  # Helm's own
+    for path in FORMER:
+        *sections, name = path.split(".")
+        section = properties
+        for each in sections:
+            section = section[each]["properties"]
+        section[name] = {}
     whole = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "type": "object",

@@ -1,5 +1,6 @@
 """Invalid values are refused, and all valid ones are documented."""
 
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +9,7 @@ import helm_python
 import pytest
 import yaml
 
-from charts.generate import PASSED, SETTINGS, readme, schema, setting_properties
+from charts.generate import FORMER, PASSED, SETTINGS, readme, schema, setting_properties
 from charts.values_file import read_values
 from tests.charts.rendering import CHART, Object, pods, render
 
@@ -115,10 +116,21 @@ def test_unknown_keys_and_bad_values_are_refused(values: Object):
             {"shard": {"adapters": {"existingClaim": "a", "configMaps": [{"id": "a", "name": "a"}]}}},
             "shard.adapters",
         ),
+        (
+            {"shard": {"settings": {"tp": 2}, "podSpec": {"containers": [{"name": "rank-0", "env": []}]}}},
+            "shard.podSpec.containers: rank-0 has no image. The chart's own container is named shard",
+        ),
     ],
 )
 def test_values_that_contradict_each_other_are_refused_with_the_reason(values: Object, reason: str):
     with pytest.raises(helm_python.HelmRenderError, match=reason):
+        render(values)
+
+
+@pytest.mark.parametrize(("path", "instead"), FORMER.items())
+def test_values_of_earlier_versions_are_refused_with_what_to_do_instead(path: str, instead: str):
+    values = functools.reduce(lambda inner, name: {name: inner}, reversed(path.split(".")), "0")
+    with pytest.raises(helm_python.HelmRenderError, match=f"{path} {instead}"):
         render(values)
 
 

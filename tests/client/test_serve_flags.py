@@ -1,13 +1,14 @@
 """The flags of `loraplex serve`, and the flags with which it starts the ranks."""
 
 import fnmatch
+import os
 from pathlib import Path
 
 import pytest
 import typer
 from pydantic import BaseModel, ValidationError
 
-from loraplex.cli.flags import parse
+from loraplex.cli.flags import parse, warn_of_variables
 from loraplex.cli.flags_help import SUBJECTS, describe
 from loraplex.cli.habits import HABITS
 from loraplex.cli.ranks import shard_flags
@@ -91,6 +92,7 @@ def test_a_wrong_setting_is_named_by_its_flag(flags: list[str], message: str):
         (["--model", "org/name"], "there is no --model; here it is MODEL, without a flag"),
         (["org/name", "--tensor-parallel-size=2"], "there is no --tensor-parallel-size; here it is --tp"),
         (["org/name", "--resume", "memory"], "there is no --resume; here it is --store"),
+        (["--rendezvous=tcp://a:1"], "there is no --rendezvous; it is a flag of `loraplex shard`"),
     ],
 )
 def test_flags_of_other_servers_are_translated(arguments: list[str], hint: str):
@@ -98,8 +100,84 @@ def test_flags_of_other_servers_are_translated(arguments: list[str], hint: str):
         parse(ServeSettings, arguments, "serve", "Serves.", positional="model")
 
 
+@pytest.mark.parametrize(
+    ("kind", "command", "argument", "hint"),
+    [
+        (RouterSettings, "router", "--resume=memory", "there is no --resume; here it is --store"),
+        (RouterSettings, "router", "--max-batch-tokens=64", "it is a flag of `loraplex shard`"),
+        (RouterSettings, "router", "--tensor-parallel-size=2", "`loraplex shard` has --tp"),
+        (RouterSettings, "router", "--model-id=org/name", "`loraplex shard` has --model"),
+        (NodeSettings, "shard", "--model-id=org/name", "there is no --model-id; here it is --model"),
+        (NodeSettings, "shard", "--port=80", "there is no --port; `loraplex router` has --http-port; gRPC"),
+    ],
+)
+def test_flags_are_those_of_the_command(kind: type[BaseModel], command: str, argument: str, hint: str):
+    with pytest.raises(typer.BadParameter, match=hint):
+        parse(kind, ["--shards=a:1", argument] if command == "router" else [argument], command, "")
+
+
+def test_a_variable_with_the_name_of_an_earlier_version_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LORAPLEX_RESUME", "")
+    assert parse(ServeSettings, [], "serve", "", positional="model").store == ""
+    monkeypatch.setenv("LORAPLEX_RESUME", "memory")
+    with pytest.raises(typer.BadParameter, match="LORAPLEX_RESUME is now LORAPLEX_STORE"):
+        parse(ServeSettings, [], "serve", "", positional="model")
+    parse(NodeSettings, [], "shard", "")  # never had it
+
+
+# What the kubelet sets for Services named loraplex, loraplex-http and loraplex-metrics.
+SERVICE_LINKS = {
+    "LORAPLEX_SERVICE_HOST": "10.0.0.1",
+    "LORAPLEX_SERVICE_PORT": "3000",
+    "LORAPLEX_SERVICE_PORT_HTTP": "3000",
+    "LORAPLEX_PORT": "tcp://10.0.0.1:3000",
+    "LORAPLEX_PORT_3000_TCP": "tcp://10.0.0.1:3000",
+    "LORAPLEX_PORT_3000_TCP_PROTO": "tcp",
+    "LORAPLEX_PORT_3000_TCP_PORT": "3000",
+    "LORAPLEX_PORT_3000_TCP_ADDR": "10.0.0.1",
+    "LORAPLEX_HTTP_SERVICE_HOST": "10.0.0.2",
+    "LORAPLEX_HTTP_PORT": "tcp://10.0.0.2:80",
+    "LORAPLEX_METRICS_PORT": "tcp://[fd00::3]:9400",
+}
+
+
+@pytest.fixture
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("LORAPLEX_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("nothing_set")
+def test_service_links_of_kubernetes_set_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    for name, value in SERVICE_LINKS.items():
+        monkeypatch.setenv(name, value)
+    settings = parse(ServeSettings, ["--grpc-port=7"], "serve", "", positional="model")
+    assert (settings.http_port, settings.grpc_port, settings.metrics_port) == (3000, 7, 0)
+    warn_of_variables(ServeSettings, "serve")
+    http, metrics = caplog.messages
+    assert "LORAPLEX_HTTP_PORT has no effect: Kubernetes has set it to tcp://10.0.0.2:80" in http
+    assert "for a Service named loraplex-metrics; `enableServiceLinks: false`" in metrics
+
+
+@pytest.mark.usefixtures("nothing_set")
+def test_variables_that_no_setting_reads_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    for name in ("MAX_BATCH_TOKENS", "MAX_QUEU", "API_KEY", "PORT", "COLOUR", "STORE", "SERVER", "TEST_DEVICE"):
+        monkeypatch.setenv(f"LORAPLEX_{name}", "8000")
+    monkeypatch.setenv("LORAPLEX_TP", "")
+    warn_of_variables(RouterSettings, "router")
+    assert caplog.messages == [
+        "LORAPLEX_API_KEY is not a setting of `loraplex router`; "
+        "as a flag, it is --api-keys FILE, which holds hashes of keys",
+        "LORAPLEX_COLOUR is not a setting of `loraplex router`",
+        "LORAPLEX_MAX_BATCH_TOKENS has no effect on `loraplex router`: it is a setting of `loraplex shard`",
+        "LORAPLEX_MAX_QUEU is not a setting of `loraplex router`: did you mean LORAPLEX_MAX_QUEUE?",
+        "LORAPLEX_PORT is not a setting of `loraplex router`; as a flag, it is --http-port; gRPC has --grpc-port",
+    ]
+
+
 def test_what_flags_are_translated_to_exists():
-    known = {f"--{name.replace('_', '-')}" for name in ServeSettings.model_fields if name != "model"}
+    known = {f"--{name.replace('_', '-')}" for name in ServeSettings.model_fields}
     known |= {"--nodes"}  # of the shard
     named = {word.rstrip(";") for text in HABITS.values() for word in text.split() if word.startswith("--")}
     assert named <= known and not known & HABITS.keys()

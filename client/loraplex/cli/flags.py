@@ -1,6 +1,8 @@
 """Command-line flags from a settings class: one flag and one LORAPLEX_* variable per field, with the field's name."""
 
 import inspect
+import logging
+import os
 from typing import Annotated, Any, TypeVar, get_origin
 
 import typer
@@ -10,6 +12,9 @@ from pydantic.fields import FieldInfo
 from loraplex.cli.flags_help import describe
 from loraplex.cli.habits import translated
 from loraplex.cli.output import width
+from loraplex.cli.variables import former, is_service_link, variable, without_effect
+
+logger = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -24,8 +29,8 @@ def parse(kind: type[Settings], arguments: list[str], command: str, text: str, p
         typer.echo(describe(kind, command, text, positional, width()))
         raise typer.Exit()
 
-    own = [f"--{name.replace('_', '-')}" for name in kind.model_fields if name != positional]
-    if positional and (hint := translated(arguments, own)):
+    own = kind.model_fields
+    if hint := translated(arguments, own, _others(command), positional) or former(own, os.environ):
         raise typer.BadParameter(hint)
 
     def collect(**values: Any) -> Settings:
@@ -44,8 +49,25 @@ def parse(kind: type[Settings], arguments: list[str], command: str, text: str, p
     return parsed
 
 
+def warn_of_variables(kind: type[BaseModel], command: str) -> None:
+    """Logs the LORAPLEX_* variables that have no effect on the command with these settings."""
+    for text in without_effect(command, kind.model_fields, _others(command), os.environ):
+        logger.warning("%s", text)
+
+
+def _others(command: str) -> dict[str, frozenset[str]]:
+    """The settings of the other commands. What `serve` has is a part of both."""
+    from loraplex_router.settings import RouterSettings
+    from loraplex_shard.settings import NodeSettings
+
+    kinds: dict[str, type[BaseModel]] = {"router": RouterSettings, "shard": NodeSettings}
+    return {other: frozenset(kind.model_fields) for other, kind in kinds.items() if other != command}
+
+
 def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Parameter:
-    variable = f"LORAPLEX_{name.upper()}"
+    envvar = variable(name)
+    if is_service_link(envvar, os.environ.get(envvar, "")):
+        envvar = ""
     option = typer.Argument if positional else typer.Option
     flag = () if positional else (f"--{name.replace('_', '-')}",)
     annotation: Any = str if get_origin(field.annotation) is tuple else field.annotation  # "a,b": the field splits it
@@ -54,7 +76,7 @@ def _parameter(name: str, field: FieldInfo, positional: bool) -> inspect.Paramet
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[annotation, option(*flag, envvar=variable, help=field.description)],
+        annotation=Annotated[annotation, option(*flag, envvar=envvar or None, help=field.description)],
     )
 
 

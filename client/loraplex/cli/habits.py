@@ -1,12 +1,12 @@
-"""Flags of vLLM, SGLang, TGI, LoRAX, llama.cpp and earlier versions, and their equivalents here."""
+"""Flags of vLLM, SGLang, TGI, LoRAX, llama.cpp, earlier versions and our other commands, and what they are here."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
+FORMER = {"resume": "store"}  # settings of earlier versions, and what they are called now
 HABITS = {
-    "--model": "MODEL, without a flag",
-    "--model-id": "MODEL, without a flag",
-    "--model-path": "MODEL, without a flag",
-    "-m": "MODEL, without a flag",
+    "--model-id": "--model",
+    "--model-path": "--model",
+    "-m": "--model",
     "--port": "--http-port; gRPC has --grpc-port",
     "-p": "--http-port; gRPC has --grpc-port",
     "--hostname": "--host",
@@ -49,15 +49,30 @@ HABITS = {
     "--cors-allow-origin": "--cors-origins",
     "--allowed-origins": "--cors-origins",
     "--json-output": "--log-format json",
-    "--resume": "--store",  # its former name
+    **{f"--{former}": f"--{name}" for former, name in FORMER.items()},
 }
 
 
-def translated(arguments: Iterable[str], flags: Iterable[str]) -> str | None:
-    """A hint for the first argument that is another server's flag and not in `flags`; None if there is none."""
-    own = set(flags)
+def translated(
+    arguments: Iterable[str], own: Collection[str], others: Mapping[str, Collection[str]], positional: str = ""
+) -> str | None:
+    """A hint for the first argument that is a flag of another server, or of one of our other commands; None if there
+    is none. `own` and `others` are settings, those of others by the command; `positional` has no flag."""
+    flags = {f"--{setting.replace('_', '-')}" for setting in own if setting != positional}
     for argument in arguments:
         name = argument.partition("=")[0]
-        if name in HABITS and name not in own:
-            return f"there is no {name}; here it is {HABITS[name]}"
+        if name.startswith("-") and name not in flags and (hint := _hint(name, flags, others, positional)):
+            return f"there is no {name}; {hint}"
     return None
+
+
+def _hint(name: str, flags: Collection[str], others: Mapping[str, Collection[str]], positional: str) -> str | None:
+    known = HABITS.get(name, name)
+    flag = known.partition(" ")[0].rstrip(";")
+    setting = flag.removeprefix("--").replace("-", "_")
+    if setting == positional:
+        return f"here it is {positional.upper()}, without a flag"
+    if flag.startswith("--") and flag not in flags:
+        other = next((other for other, theirs in others.items() if setting in theirs), None)
+        return other and (f"it is a flag of `loraplex {other}`" if known == name else f"`loraplex {other}` has {known}")
+    return f"here it is {known}" if name in HABITS else None

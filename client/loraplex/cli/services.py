@@ -41,11 +41,12 @@ def add_commands(app: typer.Typer) -> None:
 def serve(context: typer.Context) -> None:
     _leave_forks_alone()
     _begin("all", "uvloop", "torch")
-    from loraplex.cli.flags import parse
+    from loraplex.cli.flags import parse, warn_of_variables
     from loraplex.cli.supervisor import ServeSettings, run
 
     settings = parse(ServeSettings, context.args, "serve", SERVE_TEXT, positional="model")
     configure(settings.log_format)
+    warn_of_variables(ServeSettings, "serve")
     with _errors_shown():
         _run_on_uvloop(run(settings, console))
 
@@ -53,13 +54,14 @@ def serve(context: typer.Context) -> None:
 def router(context: typer.Context) -> None:
     _leave_forks_alone()
     _begin("router", "uvloop")
-    from loraplex.cli.flags import parse
+    from loraplex.cli.flags import parse, warn_of_variables
     from loraplex_protos.generation_pb2 import GetModelInfoResponse
     from loraplex_router import app
     from loraplex_router.settings import RouterSettings
 
     settings = parse(RouterSettings, context.args, "router", ROUTER_TEXT)
     configure(settings.log_format)
+    warn_of_variables(RouterSettings, "router")
 
     def ready(http_port: int, grpc_port: int, info: GetModelInfoResponse, adapters: list[str]) -> None:
         print(f"gRPC {settings.url_host}:{grpc_port}  HTTP {settings.url_host}:{http_port}", flush=True)
@@ -77,15 +79,19 @@ def shard(context: typer.Context) -> None:
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     _begin("shard", "torch")
-    from loraplex.cli.flags import parse
+    from loraplex.cli.flags import parse, warn_of_variables
     from loraplex_shard.settings import NodeSettings
 
     node = parse(NodeSettings, context.args, "shard", SHARD_TEXT)
-    if len(node.ranks) > 1:
+    alone = len(node.ranks) == 1
+    if not alone:
+        _leave_forks_alone()
+    configure(node.log_format, rank=node.ranks[0] if alone and node.tp > 1 else None)
+    warn_of_variables(NodeSettings, "shard")
+    if not alone:
         _run_ranks(node)
         return
     (settings,) = node.shards(node.rendezvous)
-    configure(settings.log_format, rank=settings.rank if settings.tp > 1 else None)
     from loraplex_shard.serving import server
 
     bar = Progress(console=console, transient=True, disable=settings.rank > 0 or not console.is_terminal)
@@ -101,10 +107,8 @@ def shard(context: typer.Context) -> None:
 
 
 def _run_ranks(node: "NodeSettings") -> None:
-    _leave_forks_alone()
     from loraplex.cli.node import run
 
-    configure(node.log_format)
     with _errors_shown():
         asyncio.run(run(node))
 
