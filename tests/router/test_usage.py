@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from loraplex_router.journal.redis_store import RedisStore
 from loraplex_router.store.redis_server import RedisServer
 from loraplex_router.usage import ledger as ledgers
 from loraplex_router.usage import redis_ledger
-from loraplex_router.usage.event import Used
+from loraplex_router.usage.event import Counted, Used
 from loraplex_router.usage.ledger import Entry, Ledger, MemoryLedger, today
 from loraplex_router.usage.log import UsageLog
 from loraplex_router.usage.redis_ledger import RedisLedger
@@ -45,12 +46,16 @@ def entry(number: int, generated: int, account: str = "one", adapter: str = "a")
     return Entry(number, account, "acme", adapter, Used(1, 10, 4, generated), stream=account)
 
 
+async def settle(ledger: Ledger, *entries: Entry) -> list[Used]:
+    return [counted.used for counted in await ledger.settle(entries)]
+
+
 async def test_of_a_stream_only_what_is_new_is_counted(ledger: Ledger):
-    assert await ledger.settle([entry(0, 5)]) == [Used(1, 10, 4, 5)]
-    assert await ledger.settle([entry(1, 12), entry(2, 7, "two")]) == [Used(generated_tokens=7), Used(1, 10, 4, 7)]
-    assert await ledger.settle([entry(3, 11)]) == [Used()]  # others had generated more
+    assert await settle(ledger, entry(0, 5)) == [Used(1, 10, 4, 5)]
+    assert await settle(ledger, entry(1, 12), entry(2, 7, "two")) == [Used(generated_tokens=7), Used(1, 10, 4, 7)]
+    assert await settle(ledger, entry(3, 11)) == [Used()]  # others had generated more
     never_ran = Entry(4, "three", "acme", "a", None)
-    assert await ledger.settle([never_ran]) == [Used()]
+    assert await settle(ledger, never_ran) == [Used()]
     assert await ledger.totals([today()]) == {("acme", "a"): Used(2, 20, 8, 19)}
     assert await ledger.totals([today() - timedelta(1)]) == await ledger.totals([]) == {}
     assert await ledger.since() > 0
@@ -66,30 +71,50 @@ async def test_an_adapter_too_many_shares_an_entry(ledger: Ledger, monkeypatch: 
 
 @given(st.lists(st.integers(0, 100), min_size=1))
 def test_a_stream_counts_as_much_as_the_router_that_had_most_of_it(lengths: list[int]) -> None:
-    async def settle() -> list[Used]:
+    async def count() -> list[Used]:
         ledger = MemoryLedger()
-        return [(await ledger.settle([entry(number, length)]))[0] for number, length in enumerate(lengths)]
+        return [(await settle(ledger, entry(number, length)))[0] for number, length in enumerate(lengths)]
 
-    counted = asyncio.run(settle())
+    counted = asyncio.run(count())
     assert sum(used.generated_tokens for used in counted) == max(lengths)
     assert sum(used.requests for used in counted) == 1
 
 
-@needs_redis
-async def test_an_entry_whose_answer_was_lost_is_not_counted_twice(tmp_path: Path):
+@pytest.fixture
+async def servers(tmp_path: Path) -> AsyncIterator[list[RedisServer]]:
+    """A Redis server as three routers have it."""
     with redis_server(tmp_path) as (url, _):
-        server = RedisServer(url)
-        ledger = RedisLedger(server)
-        for _ in range(2):
-            assert await ledger.settle([entry(0, 5)]) == [Used(1, 10, 4, 5)]
-        assert await ledger.totals([today()]) == {("acme", "a"): Used(1, 10, 4, 5)}
-        await server.aclose()
+        servers = [RedisServer(url) for _ in range(3)]
+        yield servers
+        for server in servers:
+            await server.aclose()
+
+
+@needs_redis
+async def test_entries_whose_answer_was_lost_are_not_counted_twice(servers: list[RedisServer]):
+    ledger, entries = RedisLedger(servers[0]), [entry(0, 5), entry(1, 8)]  # of one stream
+    first = await ledger.settle(entries)
+    assert [counted.used for counted in first] == [Used(1, 10, 4, 5), Used(generated_tokens=3)]
+    assert await ledger.settle(entries) == first
+    assert await ledger.totals([today()]) == {("acme", "a"): Used(1, 10, 4, 8)}
+
+
+@needs_redis
+async def test_an_event_that_a_router_has_counted_but_not_told_is_told_by_another(servers: list[RedisServer]):
+    first, second, third = map(RedisLedger, servers)
+    (untold,) = await first.settle([entry(0, 5)])
+    lost = replace(entry(0, 4), router=servers[0].router)  # what the journal has may be older
+    assert await second.settle([lost]) == [untold]
+    assert await third.settle([lost]) == [untold]  # the second one has died, too
+    await third.told([lost])
+    assert await settle(second, replace(lost, number=1)) == [Used()]
+    assert await second.totals([today()]) == {("acme", "a"): Used(1, 10, 4, 5)}
 
 
 class FailingLedger(MemoryLedger):
     fails = True
 
-    async def settle(self, entries: Sequence[Entry]) -> list[Used]:
+    async def settle(self, entries: Sequence[Entry]) -> list[Counted]:
         if self.fails:
             raise UnavailableError("no answer")
         return await super().settle(entries)

@@ -3,7 +3,7 @@
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from loraplex_router.engine.output import Generation
 from loraplex_router.journal.records import Record
@@ -30,6 +30,14 @@ class Used:
         return self.requests, self.prompt_tokens, self.cached_tokens, self.generated_tokens
 
 
+class Counted(NamedTuple):
+    """What an event adds to the totals. `id` is the event's: if its router dies while it tells of it, another router
+    tells of it again."""
+
+    id: str
+    used: Used
+
+
 @dataclass(frozen=True, slots=True)
 class UsageEvent:
     """A request that has ended here, or one of its adapters. A stream that ended in several routers has an event of
@@ -47,9 +55,10 @@ class UsageEvent:
     first_token_seconds: float | None = None  # since its arrival
     seconds: float | None = None  # since its arrival
 
-    def describe(self, used: Used) -> dict[str, Any]:
+    def describe(self, counted: Counted) -> dict[str, Any]:
         """As JSON has it."""
         return {
+            "id": counted.id,
             "time": datetime.fromtimestamp(self.ended, UTC).isoformat(timespec="milliseconds"),
             "request_id": self.request_id,
             "tenant": self.tenant or None,
@@ -58,7 +67,7 @@ class UsageEvent:
             "version": self.version or None,
             "outcome": self.outcome,
             "finish": list(self.finish),
-            **asdict(used),
+            **asdict(counted.used),
             "queue_ms": _milliseconds(self.queue_seconds),
             "first_token_ms": _milliseconds(self.first_token_seconds),
             "duration_ms": _milliseconds(self.seconds),

@@ -1,12 +1,13 @@
 """The totals of what was used, and how much of each stream is in them."""
 
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Protocol
 
-from loraplex_router.usage.event import Used
+from loraplex_router.usage.event import Counted, Used
 
 MOST_ADAPTERS = 10_000  # of all tenants, counted by name in a day; the others share one entry
 MOST_ACCOUNTS = 10_000
@@ -39,9 +40,14 @@ class Lost:
 
 
 class Ledger(Protocol):
-    async def settle(self, entries: Sequence[Entry]) -> list[Used]:
-        """Adds what is not counted yet, and returns it. An entry with the same number as one before is the same one,
-        and counts once. Raises UnavailableError if it may have failed: ask again."""
+    async def settle(self, entries: Sequence[Entry]) -> list[Counted]:
+        """Adds what is not counted yet, and returns it, with what lost routers have counted and not told. An entry with
+        the same number as one before is the same one, and counts once. Raises UnavailableError if it may have failed:
+        ask again."""
+        ...
+
+    async def told(self, entries: Sequence[Entry]) -> None:
+        """The events of these settled entries have been told. Raises UnavailableError: say it again."""
         ...
 
     async def totals(self, days: Sequence[date]) -> Totals:
@@ -67,11 +73,16 @@ class MemoryLedger:
 
     def __init__(self) -> None:
         self._since = time.time()
+        self._name = secrets.token_hex(8)
         self._days: dict[date, Totals] = {}
         self._accounts: dict[str, int] = {}  # the generated tokens that are counted, of streams
 
-    async def settle(self, entries: Sequence[Entry]) -> list[Used]:
-        return [self._settle(entry, entry.used) if entry.used else Used() for entry in entries]
+    async def settle(self, entries: Sequence[Entry]) -> list[Counted]:
+        found = [self._settle(entry, entry.used) if entry.used else Used() for entry in entries]
+        return [Counted(f"{self._name}.{entry.number}", used) for entry, used in zip(entries, found, strict=True)]
+
+    async def told(self, entries: Sequence[Entry]) -> None:
+        pass  # there is nobody else
 
     def _settle(self, entry: Entry, used: Used) -> Used:
         new = used

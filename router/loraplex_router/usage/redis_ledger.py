@@ -9,7 +9,7 @@ import orjson
 
 from loraplex_router.journal.redis_store import STREAM, open_streams
 from loraplex_router.store.redis_server import PREFIX, Command, RedisServer
-from loraplex_router.usage.event import Used
+from loraplex_router.usage.event import Counted, Used
 from loraplex_router.usage.ledger import MOST_ADAPTERS, MOST_DAYS, OTHER, Entry, Lost, Totals, add_up, today
 
 LEASE_SECONDS = 5.0  # without a sign of life, after which a router has died
@@ -20,15 +20,26 @@ ROUTERS = f"{PREFIX}routers"
 SINCE = f"{PREFIX}usage-since"
 
 # KEYS: the account, the day's totals. ARGV: the entry; for the adapter and for other ones, the totals' names.
+# Returns the event's id, and what it adds. An account has the events that may not be told yet.
 SETTLE = """
 local entry = cjson.decode(ARGV[1])
 local stored = redis.call('GET', KEYS[1])
-local account = stored and cmsgpack.unpack(stored) or {generated = 0}
-if account.entry == entry.name then return cjson.encode(account.new) end  -- it asks again
+local account = stored and cmsgpack.unpack(stored) or {generated = 0, untold = {}}
+local event = account.untold[entry.name]
+if event then return cjson.encode(event) end  -- it asks again
 
 local new = entry.used
 if stored then new = {0, 0, 0, math.max(0, entry.used[4] - account.generated)} end
-account = {entry = entry.name, generated = math.max(account.generated, entry.used[4]), new = new}
+event = {id = entry.name, router = entry.router, used = {unpack(new)}}
+for name, left in pairs(account.untold) do
+  if entry.lost and left.router == entry.router then
+    if new[4] == 0 then event.id = left.id end
+    for place, value in ipairs(left.used) do event.used[place] = event.used[place] + value end
+    account.untold[name] = nil
+  end
+end
+account.generated = math.max(account.generated, entry.used[4])
+account.untold[entry.name] = event
 redis.call('SET', KEYS[1], cmsgpack.pack(account), 'EX', entry.keeps)
 
 local names = entry.names
@@ -37,15 +48,27 @@ if redis.call('HEXISTS', KEYS[2], names[1]) == 0 and redis.call('HLEN', KEYS[2])
 end
 for place, name in ipairs(names) do redis.call('HINCRBY', KEYS[2], name, new[place]) end
 redis.call('EXPIRE', KEYS[2], entry.days * 86400)
-return cjson.encode(new)
+return cjson.encode(event)
 """
 
-# Says that a router lives, and returns those that no longer do.
+# KEYS: the account. ARGV: the name of an entry whose event has been told.
+TOLD = """
+local stored = redis.call('GET', KEYS[1])
+if stored then
+  local account = cmsgpack.unpack(stored)
+  account.untold[ARGV[1]] = nil
+  redis.call('SET', KEYS[1], cmsgpack.pack(account), 'KEEPTTL')
+end
+"""
+
+# Says that a router lives, and returns those that no longer do, each to one router at a time.
 LIVE = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
 redis.call('ZADD', KEYS[1], string.format('%.3f', now + ARGV[2]), ARGV[1])
-return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.3f', now))
+local dead = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.3f', now))
+for _, router in ipairs(dead) do redis.call('ZADD', KEYS[1], string.format('%.3f', now + ARGV[2]), router) end
+return dead
 """
 
 
@@ -53,20 +76,35 @@ class RedisLedger:
     def __init__(self, server: RedisServer) -> None:
         self._server = server
 
-    async def settle(self, entries: Sequence[Entry]) -> list[Used]:
+    async def settle(self, entries: Sequence[Entry]) -> list[Counted]:
         commands: list[Command] = [("SET", SINCE, time.time(), "NX")]
         commands += [self._settle(entry, entry.used) for entry in entries if entry.used]
-        commands += [
-            ("SREM", open_streams(entry.router or self._server.router), entry.stream)
-            for entry in entries
-            if entry.stream
-        ]
         answers = iter((await self._server.run(commands))[1:])
-        return [Used(*orjson.loads(next(answers))) if entry.used else Used() for entry in entries]
+        events = [orjson.loads(next(answers)) if entry.used else None for entry in entries]
+        return [
+            Counted(event["id"], Used(*event["used"])) if event else Counted(self._name(entry), Used())
+            for entry, event in zip(entries, events, strict=True)
+        ]
+
+    async def told(self, entries: Sequence[Entry]) -> None:
+        streams = [entry for entry in entries if entry.stream]
+        commands: list[Command] = [("EVAL", TOLD, 1, _account(entry), self._name(entry)) for entry in streams]
+        commands += [("SREM", open_streams(self._router(entry)), entry.stream) for entry in streams]
+        if commands:
+            await self._server.run(commands)
+
+    def _name(self, entry: Entry) -> str:
+        return f"{self._server.router}.{entry.number}"
+
+    def _router(self, entry: Entry) -> str:
+        """Whose stream it is."""
+        return entry.router or self._server.router
 
     def _settle(self, entry: Entry, used: Used) -> Command:
         said = {
-            "name": f"{self._server.router}.{entry.number}",
+            "name": self._name(entry),
+            "router": self._router(entry),
+            "lost": bool(entry.router),
             "used": used.values,
             "names": _names(entry.tenant, entry.adapter),
             "others": _names(entry.tenant, OTHER),
@@ -74,7 +112,7 @@ class RedisLedger:
             "most": MOST_ADAPTERS * len(used.values),
             "days": MOST_DAYS,
         }
-        return "EVAL", SETTLE, 2, f"{PREFIX}account:{entry.account}", _day(today()), orjson.dumps(said)
+        return "EVAL", SETTLE, 2, _account(entry), _day(today()), orjson.dumps(said)
 
     async def totals(self, days: Sequence[date]) -> Totals:
         found = await self._server.run([("HGETALL", _day(day)) for day in days])
@@ -98,6 +136,10 @@ class RedisLedger:
 
     async def drop(self, lost: Lost) -> None:
         await self._server.run([("SREM", open_streams(lost.router), lost.stream)])
+
+
+def _account(entry: Entry) -> str:
+    return f"{PREFIX}account:{entry.account}"
 
 
 def _day(day: date) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import date, timedelta
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from loraplex_protos.errors import UnavailableError
 from loraplex_router.engine.output import Generation
 from loraplex_router.journal.records import Record, read_progress
-from loraplex_router.usage.event import UsageEvent, Used, event_of, event_of_lost
+from loraplex_router.usage.event import Counted, UsageEvent, Used, event_of, event_of_lost
 from loraplex_router.usage.ledger import MOST_DAYS, Entry, Ledger, Lost, MemoryLedger, today
 
 LIVE_SECONDS = 1.0  # between two signs of life, and looks at what routers that have died have left
@@ -38,6 +39,7 @@ class Usage:
         self.write_streams: Callable[[], Awaitable[object]] | None = None
         self._numbers = count()
         self._unsettled: list[_Ended] = []
+        self._told: list[Entry] = []  # and the ledger does not know yet
         self._news = asyncio.Event()
         self._settling = asyncio.Lock()
 
@@ -96,9 +98,13 @@ class Usage:
                     self._give_up(self._unsettled[:-MOST_UNSETTLED])
                     raise
                 del self._unsettled[: len(ended)]
-                for each, used in zip(ended, found, strict=True):
-                    if not each.entry.router or used != Used():
-                        self._tell(each.event, used)
+                for each, counted in zip(ended, found, strict=True):
+                    if not each.entry.router or counted.used != Used():
+                        self._tell(each.event, counted)
+                    self._told.append(each.entry)
+            while told := self._told[:1000]:
+                await self.ledger.told(told)
+                del self._told[: len(told)]
 
     async def _find_lost(self) -> None:
         lost = await self.ledger.lost()
@@ -125,10 +131,10 @@ class Usage:
         for each in list(ended):
             self._unsettled.remove(each)
             if not each.entry.router:
-                self._tell(each.event, each.alone)
+                self._tell(each.event, Counted(secrets.token_hex(8), each.alone))
 
-    def _tell(self, event: UsageEvent, used: Used) -> None:
+    def _tell(self, event: UsageEvent, counted: Counted) -> None:
         if self.sinks:
-            described = event.describe(used)
+            described = event.describe(counted)
             for sink in self.sinks:
                 sink(described)
