@@ -120,8 +120,8 @@ class Connection:
             try:
                 async for response in call:
                     begun = True
+                    request.resume_token = response.resume_token  # not a former one, which would repeat this response
                     if response.resume_token:
-                        request.resume_token = response.resume_token
                         attempts.renew()
                     yield response
                 return

@@ -95,6 +95,20 @@ def test_a_stream_that_has_begun_is_resumed(failure: LoraplexError, client: Clie
     assert [request.resume_token for request in servicer.requests] == ["", *map(str, range(1, 8))]
 
 
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_stream_that_was_resumed_once_is_not_resumed_where_it_was_before(
+    failure: LoraplexError, client: Client, servicer: ScriptedServicer
+) -> None:
+    servicer.resumable, servicer.failure_after_first_piece = True, failure
+    stream = client.stream("Count", max_new_tokens=7)
+    assert next(stream).text == " one"
+    servicer.resumable = False
+    assert next(stream).text == " two"
+    with pytest.raises(type(failure), match=failure.message):
+        next(stream)
+    assert [request.resume_token for request in servicer.requests] == ["", "1"]
+
+
 def test_other_errors_are_not_tried_again(client: Client, servicer: ScriptedServicer) -> None:
     servicer.failures = [LoraplexError("a bug")]
     with pytest.raises(LoraplexError, match="a bug"):

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loraplex_protos.errors import UnavailableError
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.journal import stores
 from loraplex_router.journal.journal import Journal
+from loraplex_router.journal.records import Record, decode, encode_tokens
 from loraplex_router.journal.redis_store import RedisStore
 from loraplex_router.journal.stores import MemoryStore, Store
 from loraplex_router.store.redis_server import RedisServer
@@ -221,6 +224,35 @@ async def test_a_store_that_fails_costs_streams_nothing_but_their_ids():
         store.failing = False
         await only.service._journal.flush()
         assert all(id for id, _ in events(await ask(only, PATH, BODY)))
+
+
+async def test_a_resumed_stream_can_be_resumed_again_although_the_store_failed_meanwhile():
+    store = SharedStore(60)
+    async with router(store) as first, router(store) as second, router(store) as third:
+        whole = events(await ask(first, PATH, BODY))
+        store.failing = True
+        resumed = events(await ask(second, PATH, BODY, whole[4][0]))
+        assert told(resumed) == told(whole[5:])
+        for place, (id, _) in enumerate(resumed, 6):
+            assert told(events(await ask(third, PATH, BODY, id))) == told(whole[place:])
+        store.failing = False
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.booleans())))
+def test_what_a_store_that_hung_is_told_twice_or_late_is_read_once(writes: list[tuple[int, bool, bool]]):
+    """A router writes again what was not answered, with what is new since; the store may get to the former later."""
+    record, tokens = Record("", "", "", (), "", "", "", (), 0, ""), list[int]()
+    parts, late, written = [record.encode()], b"", 0
+    for new, answered, is_late in [*writes, (1, True, False)]:
+        tokens += range(new)
+        part = encode_tokens(0, written, tokens[written:])
+        if is_late and not answered:
+            late += part
+        else:
+            parts += [part, late] if answered else [part]
+        if answered:
+            late, written = b"", len(tokens)
+    assert decode(b"".join(parts), 1) == (record, (tokens,))
 
 
 async def test_the_memory_for_streams_is_limited_in_time_and_bytes(monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """What is stored about a generation, in bytes: a line of JSON, then its tokens as they come.
 
-Each group of tokens says where it begins, so that a group that was written twice is read as one.
+Each group of tokens says where it begins: a group that is written twice, or that arrives after a longer one with the
+same tokens since the store hung, is read as one.
 """
 
 from array import array
@@ -67,7 +68,7 @@ def decode(data: bytes, sequences: int) -> tuple[Record, tuple[list[int], ...]]:
         of = tokens[sequence]
         if start > len(of):
             raise ValueError("tokens are missing")
-        of[start:] = words[at + 3 : at + 3 + count]
+        of[start : start + count] = words[at + 3 : at + 3 + count]
         at += 3 + count
     return record, tokens
 

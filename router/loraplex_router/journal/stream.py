@@ -82,8 +82,13 @@ class Stream:
             self._generations.append(generation)
 
     async def resumable(self) -> bool:
-        """Whether others can continue the stream: that its beginning has arrived in the store."""
-        return self._kept and all([await self._journal.keep_up(generation) for generation in self._generations])
+        """Whether others can continue the stream: that its beginning has arrived in the store, now or as that of the
+        stream which it continues."""
+        if self._kept and all([await self._journal.keep_up(generation) for generation in self._generations]):
+            return True
+        if self.begun is not None:
+            self._id = self.begun.stream
+        return self.begun is not None
 
     async def advance(self, index: int, delta: Delta) -> None:
         """The client gets the next delta of a sequence. Returns once it is written down."""
