@@ -49,6 +49,7 @@ class Place:
     def __init__(self, replicas: list[int]) -> None:
         self.replicas = replicas
         self.http_port, self.grpc_port = free_port(), free_port()
+        self.starts = 0
         self.deaths = 0  # a request during which this changes may have been broken
         self.outcomes: Counter[str] = Counter()  # of requests that ended since it was started
         self._router: Router | None = None
@@ -69,6 +70,7 @@ class Place:
     def start(self, *flags: str, env: Mapping[str, str]) -> None:
         ports = f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}"
         self.outcomes.clear()
+        self.starts += 1
         self._router = WrongRouter(*flags, *ports, *FLAGS, env=dict(env))
 
 

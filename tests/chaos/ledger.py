@@ -6,16 +6,23 @@ import random
 import time
 from collections import Counter
 
-from loraplex import AdapterSourceError, LoraplexError, UnavailableError
+from loraplex import (
+    AdapterConflictError,
+    AdapterNotFoundError,
+    AdapterSourceError,
+    LoraplexError,
+    UnavailableError,
+)
 from tests.chaos.cluster import Cluster, Place
 from tests.chaos.load import CASES, Answer, Broken, Clients
 
 LIMIT_SECONDS = 240  # a request that takes longer never ends
 DOOR_SECONDS = 0.2  # before a request that was refused as unavailable is sent to another router
 LEAVING = 0.05  # the share of clients that do not wait for the end
-FINISHED, RESUMED, LEFT, FAULT = "finished", "finished, although its router died", "left", "fault"
+FINISHED, RESUMED, LEFT, FAULT = "finished", "finished, although its router ended meanwhile", "left", "fault"
 REFUSED, DIED = "refused as unavailable", "its router died before a stream had begun"
 NO_SOURCE, NO_STORE = "its adapter's source failed", "it could not be resumed, since the store failed"
+NO_VERSION, REPLACED = "its router died and its adapter was replaced", (AdapterConflictError, AdapterNotFoundError)
 
 
 class Ledger:
@@ -81,16 +88,19 @@ class Ledger:
 
     async def _outcome(self, name: str, place: Place) -> str:
         """Nothing but a store that fails explains a broken stream. Starts and stops of routers explain refusals."""
-        deaths, troubles, began = place.deaths, self._cluster.troubles.copy(), time.monotonic()
+        starts, deaths, began = place.starts, place.deaths, time.monotonic()
+        troubles = self._cluster.troubles.copy()
         try:
             told = self._peaceful[name].difference(await CASES[name](self._clients[place]))
             if not told:
-                return FINISHED if place.deaths == deaths else RESUMED
+                return FINISHED if place.starts == starts else RESUMED
         except (LoraplexError, Broken, AssertionError) as error:
             if isinstance(error, AdapterSourceError) and self._cluster.had_trouble("source", troubles):
                 return NO_SOURCE
             if isinstance(error, Broken) and self._cluster.had_trouble("store", troubles) and place.deaths != deaths:
                 return NO_STORE
+            if place.deaths != deaths and isinstance(error, Broken) and isinstance(error.__cause__, REPLACED):
+                return NO_VERSION
             if isinstance(error, UnavailableError):
                 return REFUSED if place.deaths == deaths else DIED
             told = f"{type(error).__name__}: {error}"

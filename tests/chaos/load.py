@@ -16,7 +16,6 @@ from tests.chaos.http import post
 
 TOKENS = 160
 RETRIES = 12  # until a router has started again
-SWAP_SECONDS = 0.2  # between the begin of a stream and the upload of its adapter's next version
 CLOSE = 2e-3  # by how much numbers may differ
 RED, GREEN, BLUE = LOCAL
 SCHEMA = {
@@ -100,8 +99,15 @@ class Clients:
 Ask = Callable[[Clients], Awaitable[Answer]]
 
 
-def streamed(prompt: Prompt, *, push: Callable[[Clients], str] | None = None, **options: object) -> Ask:
-    """A stream over gRPC. `push`: brings an adapter that was never asked for."""
+def streamed(
+    prompt: Prompt,
+    *,
+    push: Callable[[Clients], str] | None = None,
+    begun: asyncio.Event | None = None,
+    **options: object,
+) -> Ask:
+    """A stream over gRPC. `push`: brings an adapter that was never asked for. `begun` is set when something has
+    arrived."""
 
     async def ask(clients: Clients) -> Answer:
         adapter = {"adapter": push(clients)} if push else {}
@@ -109,6 +115,8 @@ def streamed(prompt: Prompt, *, push: Callable[[Clients], str] | None = None, **
         said: dict[int, Said] = {}
         try:
             async for piece in clients.grpc.stream(prompt, **given):
+                if begun:
+                    begun.set()
                 sequence = said.setdefault(piece.index, Said())
                 sequence.add([token.id for token in piece.tokens], piece.finish_reason)
                 for token in piece.tokens:
@@ -167,9 +175,11 @@ async def replaced(clients: Clients) -> Answer:
     """A stream with an adapter, a newer version of which is uploaded meanwhile, and one with that."""
     name = await clients.upload(RED)
     try:
-        former = asyncio.create_task(streamed("Once upon a time", adapter=name)(clients))
+        begun = asyncio.Event()
+        former = asyncio.create_task(streamed("Once upon a time", begun=begun, adapter=name)(clients))
+        former.add_done_callback(lambda _: begun.set())
         try:
-            await asyncio.sleep(SWAP_SECONDS)
+            await begun.wait()
             await clients.upload(BLUE, name)
         finally:
             first = await former
