@@ -21,6 +21,7 @@ from loraplex_router.access.keys import TenantSettings
 from loraplex_router.api.http.inner_calls import InnerCalls
 from loraplex_router.batches.folder import BatchFolder
 from loraplex_router.batches.runner import BatchRunner
+from tests.full_disk import full_disk
 from tests.router.test_engine import Setup
 
 ENDPOINT = "/v1/completions"
@@ -290,19 +291,59 @@ async def test_without_a_folder_the_routes_say_how_to_have_batches() -> None:
         await world.client().batches.list()
 
 
-async def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(tmp_path)
-    client, synced, failures = world.client(), __import__("os").fsync, [28, 28]
-
-    def fsync(descriptor: int) -> None:
-        if failures:
-            raise OSError(failures.pop(), "no space left on device")
-        synced(descriptor)
-
-    batch = await create(client, text(*map(line, range(5))))
-    monkeypatch.setattr("loraplex_router.batches.job.os.fsync", fsync)
+async def test_a_full_disk_delays_lines_and_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("loraplex_router.batches.runner.LONGEST_WAIT", 0.1)
+    world = World(tmp_path)
+    client = world.client()
+    batch = await create(client, text(*map(line, range(9))))
+    with full_disk(1500):  # room for the batch's record and for some lines
+        async with world.running(), asyncio.timeout(30):
+            while sum("stopped" in record.message for record in caplog.records) < 3:
+                await asyncio.sleep(0.05)
+            written = await asyncio.to_thread(world.folder.content, "", await output(client, batch))
+            kept = written.read_bytes()
+    assert kept.count(b"\n") > 1 and kept.endswith(b"\n")
     async with world.running():
         batch = await ended(client, batch)
         found = await rows(client, batch.output_file_id)
-    assert sorted(row["custom_id"] for row in found) == [f"line {n}" for n in range(5)]
+    assert sorted(row["custom_id"] for row in found) == [f"line {n}" for n in range(9)]
+
+
+async def output(client: AsyncOpenAI, batch: Batch) -> str:
+    found = (await client.batches.retrieve(batch.id)).output_file_id
+    assert found is not None
+    return found
+
+
+async def test_what_a_full_disk_refuses_leaves_nothing_behind(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    client = world.client()
+    with full_disk(10), pytest.raises(openai.InternalServerError, match="cannot be written") as refused:
+        await create(client, text(line(0)))
+    assert refused.value.status_code == 503 and not list(tmp_path.glob("*/files/*"))
+    file = await client.files.create(file=("in.jsonl", io.BytesIO(text(line(0)))), purpose="batch")
+    with full_disk(10), pytest.raises(openai.InternalServerError, match="cannot be written"):
+        await client.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h")
+    assert not list(tmp_path.glob("*/batches/*"))
+    async with world.running():
+        batch = await client.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h")
+        assert (await ended(client, batch)).status == "completed"
+
+
+async def test_a_folder_that_fails_does_not_end_the_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraplex_router.batches.runner.LONGEST_WAIT", 0.01)
+    world = World(tmp_path)
+    client, fails, unfinished = world.client(), asyncio.Event(), world.folder.unfinished
+
+    def failing() -> list[Any]:
+        if not fails.is_set():
+            fails.set()
+            raise OSError(5, "Input/output error")
+        return unfinished()
+
+    monkeypatch.setattr(world.folder, "unfinished", failing)
+    async with world.running():
+        assert (await ended(client, await create(client, text(line(0))))).status == "completed"
+    assert fails.is_set()

@@ -13,6 +13,7 @@ from loraplex_protos.errors import (
     AdapterSourceError,
     ForbiddenError,
     InvalidRequestError,
+    UnavailableError,
 )
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_LOADED as LOADED
 from loraplex_router.access import replaced_file
@@ -170,7 +171,7 @@ async def test_an_interrupted_write_leaves_the_file_as_it_was(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(replaced_file.os, "fsync", full)
-    with pytest.raises(ForbiddenError, match="No space left"):
+    with pytest.raises(UnavailableError, match="No space left"):
         await adapters.register("sql", B, None)
     assert path.read_text() == before
 

@@ -17,11 +17,13 @@ from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.redis_store import RedisStore
 from loraplex_router.store.redis_server import RedisServer
 from loraplex_router.usage import ledger as ledgers
+from loraplex_router.usage import log as usage_log
 from loraplex_router.usage import redis_ledger
 from loraplex_router.usage.event import Counted, Used
 from loraplex_router.usage.ledger import Entry, Ledger, MemoryLedger, today
 from loraplex_router.usage.log import UsageLog
 from loraplex_router.usage.redis_ledger import RedisLedger
+from tests.full_disk import full_disk
 from tests.redis_server import redis_server
 from tests.router.test_engine import Setup
 from tests.router.test_http_streams import MANY, STREAMS, Client, until
@@ -205,16 +207,45 @@ def test_usage_events_are_lines_of_a_file_that_may_be_moved_away(tmp_path: Path)
         UsageLog(tmp_path)
 
 
-def test_events_that_find_the_disk_full_are_written_later(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+async def test_events_that_find_the_disk_full_are_written_as_soon_as_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(usage_log, "AGAIN_SECONDS", 0.01)
     path = tmp_path / "usage.jsonl"
-    path.symlink_to("/dev/full")
-    log = UsageLog(path)
-    for number in range(3):
-        log({"n": number})
+    log, other = UsageLog(path), UsageLog(path)
+    with full_disk(20):  # room for two lines and a half
+        for number in range(4):
+            log({"n": number})
+        assert path.read_bytes() == b'{"n":0}\n{"n":1}\n'
     assert [record.message.partition(" for now")[0] for record in caplog.records] == ["usage events are kept"]
-    path.unlink()
-    log({"n": 3})
-    assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+    other({"n": 4})
+    async with asyncio.timeout(60):
+        while path.read_bytes().count(b"\n") < 5:
+            await asyncio.sleep(0.01)
+    assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [0, 1, 4, 2, 3]
+    log.close()
+    with full_disk():
+        other({"n": 5})
+        other.close()
+    assert caplog.records[-1].message.startswith("1 usage events are lost")
+
+
+async def test_a_log_that_is_moved_while_the_disk_is_full_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The file that was open is not closed before there is another: its number would be another file's soon."""
+    monkeypatch.setattr(usage_log, "AGAIN_SECONDS", 0.01)
+    path = tmp_path / "logs" / "usage.jsonl"
+    path.parent.mkdir()
+    log = UsageLog(path)
+    path.parent.rename(tmp_path / "old")
+    log({"n": 0})
+    with (tmp_path / "another").open("wb"):
+        log({"n": 1})
+    path.parent.mkdir()
+    async with asyncio.timeout(60):
+        while not path.exists() or path.read_bytes() != b'{"n":0}\n{"n":1}\n':
+            await asyncio.sleep(0.01)
+    assert (tmp_path / "another").read_bytes() == b""
+    log.close()
 
 
 async def test_usage_of_some_days_can_be_asked_for():

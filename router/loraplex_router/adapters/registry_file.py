@@ -10,6 +10,7 @@ aliases:
 """
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
@@ -25,7 +26,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraplex_protos.adapter_names import RULE, is_id, is_name, normal
-from loraplex_protos.errors import AdapterConflictError, ForbiddenError, LoraplexError, quote
+from loraplex_protos.errors import AdapterConflictError, ForbiddenError, LoraplexError, UnavailableError, quote
 from loraplex_router.access.followed_file import FollowedFile
 from loraplex_router.access.replaced_file import replace_file
 from loraplex_router.access.strict_yaml import describe, read_yaml
@@ -93,7 +94,8 @@ class RegistryFile:
         """Changes the file as it is now, which another router may have written, and takes up what it says then. Returns
         as Registry.update does.
 
-        Raises what `edit` raises, ForbiddenError if the file cannot be written, AdapterConflictError while it is wrong.
+        Raises what `edit` raises, ForbiddenError if the file may not be written, UnavailableError if it cannot be, as
+        on a full disk, AdapterConflictError while it is wrong.
         """
         async with self._changing:
             return self._registry.update(await asyncio.to_thread(self._rewrite, edit))
@@ -111,8 +113,10 @@ class RegistryFile:
         except RegistryFileError as error:
             raise AdapterConflictError(f"the registry file is wrong, mend it first: {error.message}") from error
         except OSError as error:
-            why = f"the registry file cannot be written here ({error.strerror}): change it where it comes from"
-            raise ForbiddenError(why) from error
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                why = f"the registry file cannot be written here ({error.strerror}): change it where it comes from"
+                raise ForbiddenError(why) from error
+            raise UnavailableError(f"the registry file cannot be written: {error.strerror}: try again") from error
 
     def _read(self) -> Registered:
         """What the file says. Raises RegistryFileError."""

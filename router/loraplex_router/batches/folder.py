@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import IO, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from loraplex_protos.errors import BatchNotFoundError, FieldViolation, InvalidRequestError, UnavailableError, quote
+from loraplex_router.access.replaced_file import replace_file
 from loraplex_router.batches.records import BatchRecord, FileRecord, Status, new_batch_id, new_file_id
 
 FILE_SECONDS = 30 * 24 * 3600  # how long files and ended batches are kept, as OpenAI keeps them
@@ -42,6 +44,7 @@ class BatchFolder:
         self._path = path
         self._most_bytes = most_bytes
         self._lock: IO[bytes] | None = None
+        self._naming = threading.Lock()
         self._ended = set[str]()  # batches' ids: their records do not change, so `unfinished` reads each once
 
     def lock(self) -> bool:
@@ -67,7 +70,8 @@ class BatchFolder:
         """Raises InvalidRequestError if there is no room for it."""
         size = content.seek(0, os.SEEK_END)
         content.seek(0)
-        used = sum(entry.stat().st_size for entry in self._path.glob("*/files/*/content"))
+        with _disk_errors():
+            used = sum(entry.stat().st_size for entry in self._path.glob("*/files/*/content"))
         if used + size > self._most_bytes:
             limit = f"{self._most_bytes / 2**30:g} GiB"
             raise InvalidRequestError(FieldViolation("file", f"has no room: {limit} of files are kept, delete some"))
@@ -75,11 +79,15 @@ class BatchFolder:
             raise InvalidRequestError(FieldViolation("file", f"is one too many: {MOST_FILES} are kept, delete some"))
         id = new_file_id()
         with _disk_errors():
-            with self.open_file(tenant, id) as file:
-                shutil.copyfileobj(content, file, 1 << 20)
-                file.flush()
-                os.fsync(file.fileno())
-            return self.register_file(tenant, id, filename, purpose)
+            try:
+                with self.open_file(tenant, id) as file:
+                    shutil.copyfileobj(content, file, 1 << 20)
+                    file.flush()
+                    os.fsync(file.fileno())
+                return self.register_file(tenant, id, filename, purpose)
+            except OSError:
+                shutil.rmtree(self._file(tenant, id), ignore_errors=True)
+                raise
 
     def register_file(self, tenant: str, id: str, filename: str, purpose: str) -> FileRecord:
         """Lists a file whose content is complete."""
@@ -150,7 +158,9 @@ class BatchFolder:
         )
         with _disk_errors():
             (self._tenant(tenant) / "batches").mkdir(parents=True, exist_ok=True)
-            (self._tenant(tenant) / "name").write_text(tenant)
+            with self._naming:
+                if not (name := self._tenant(tenant) / "name").exists():
+                    replace_file(name, lambda file: file.write(tenant.encode()))
             self.write_batch(tenant, record)
         return record
 
@@ -239,12 +249,7 @@ def _disk_errors() -> Iterator[None]:
 
 def _write(path: Path, record: BaseModel) -> None:
     """Replaces the record as a whole, durably."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    with new.open("wb") as file:
-        file.write(record.model_dump_json().encode())
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    replace_file(path, lambda file: file.write(record.model_dump_json().encode()))
 
 
 def _read(path: Path, kind: type[R]) -> R | None:

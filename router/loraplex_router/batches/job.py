@@ -114,10 +114,10 @@ class Job:
     def _append(self, file: IO[bytes], line: Line, response: Body | None, error: Body | None) -> None:
         id = f"batch_req_{secrets.token_hex(12)}"
         row = {"id": id, "custom_id": line.custom_id, "response": response, "error": error}
-        end = file.seek(0, os.SEEK_END)
+        data, end = orjson.dumps(row) + b"\n", file.seek(0, os.SEEK_END)
         try:
-            file.write(orjson.dumps(row) + b"\n")
-            file.flush()
+            while data:  # without the file's buffer, which would keep what a full disk did not take
+                data = data[os.write(file.fileno(), data) :]
             os.fsync(file.fileno())
         except OSError:
             os.ftruncate(file.fileno(), end)

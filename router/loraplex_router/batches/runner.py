@@ -43,13 +43,17 @@ class BatchRunner:
         cleaned = 0.0
         try:
             while True:
-                if await asyncio.to_thread(self._folder.lock):
-                    if time.monotonic() > cleaned + CLEAN_SECONDS:
-                        cleaned = time.monotonic()
-                        await asyncio.to_thread(self._folder.delete_expired)
-                    for tenant, record in await asyncio.to_thread(self._folder.unfinished):
-                        if record.id not in self._running:
-                            self._start(tenant, record)
+                try:
+                    if await asyncio.to_thread(self._folder.lock):
+                        if time.monotonic() > cleaned + CLEAN_SECONDS:
+                            cleaned = time.monotonic()
+                            await asyncio.to_thread(self._folder.delete_expired)
+                        for tenant, record in await asyncio.to_thread(self._folder.unfinished):
+                            if record.id not in self._running:
+                                self._start(tenant, record)
+                except OSError as error:
+                    logger.error("the folder of batches fails, and is looked at again in %g s: %s", LONGEST_WAIT, error)
+                    await asyncio.sleep(LONGEST_WAIT)
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
             for task in self._running.values():

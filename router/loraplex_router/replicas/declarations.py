@@ -24,8 +24,9 @@ from loraplex_router.vocabulary.references import AdapterReference, Upload, Vers
 
 
 class Declarations:
-    """`file` is None without a registry file. All changes raise ForbiddenError if there is none, or if it cannot be
-    written, and AdapterConflictError if the file is not as expected; nothing is changed then."""
+    """`file` is None without a registry file. All changes raise ForbiddenError if there is none, or if it may not be
+    written, UnavailableError if its disk is full or fails, and AdapterConflictError if the file is not as expected;
+    nothing is changed then."""
 
     def __init__(self, administration: Administration, file: RegistryFile | None) -> None:
         self._administration = administration

@@ -22,7 +22,9 @@ def open_telemetry(settings: EdgeSettings) -> Iterator[Telemetry]:
     if settings.otlp_endpoint:
         _add_otlp(telemetry, settings)
     if settings.usage_log:
-        telemetry.usage.sinks.append(UsageLog(settings.usage_log))
+        log = UsageLog(settings.usage_log)
+        telemetry.usage.sinks.append(log)
+        telemetry.closing += (log.close,)
     try:
         yield telemetry
     finally:

@@ -16,6 +16,7 @@ from loraplex_protos.errors import (
     FieldViolation,
     InvalidRequestError,
     OverloadedError,
+    UnavailableError,
 )
 from loraplex_router.api.http.call import Call, RouteCall
 from loraplex_router.api.http.errors import only
@@ -155,7 +156,7 @@ async def _ask(call: RouteCall, question: Callable[[BatchFolder, str], R]) -> R:
 
 async def _read_form(request: Request) -> Any:
     """A file beyond a megabyte is on disk from then on. Raises InvalidRequestError if it is too large or cannot be
-    read, DeadlineError if it takes too long."""
+    read, DeadlineError if it takes too long, UnavailableError if the disk is full."""
     received = 0
 
     async def receive() -> Message:
@@ -169,8 +170,11 @@ async def _read_form(request: Request) -> Any:
     try:
         async with asyncio.timeout(SECONDS):
             return await Request(request.scope, receive).form(max_files=1, max_fields=8)
-    except TimeoutError:
+    except TimeoutError:  # an OSError, too
         raise DeadlineError(f"the upload was not complete after {SECONDS:g} seconds") from None
+    except OSError as error:
+        why = f"the file cannot be kept while it arrives: {error.strerror}: try again later"
+        raise UnavailableError(why) from error
     except HTTPException as error:
         raise InvalidRequestError(FieldViolation("body", f"is not multipart/form-data: {error.detail}")) from error
 
