@@ -108,8 +108,30 @@ def test_a_misspelt_field_is_named_in_a_warning(server: Server, path: str, body:
 
 
 def test_a_misspelt_parameter_of_loraxs_is_named_in_a_warning(server: Server):
-    body = {"inputs": "Hi", "parameters": {"max_new_tokens": 1, "adapters": ["first"]}}
-    assert call(server, "/generate", body)[1]["X-Loraplex-Warning"].endswith("'adapters'")
+    body = {"inputs": "Hi", "parameters": {"max_new_tokens": 1, "maximum": 5}}
+    assert call(server, "/generate", body)[1]["X-Loraplex-Warning"].endswith("'maximum'")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"inputs": "Hi", "adapter_id": "first"}),
+        ("/generate_stream", {"inputs": "Hi", "lora_path": "first"}),
+        ("/invocations", {"inputs": "Hi", "adapters": ["first"]}),
+        ("/generate", {"inputs": "Hi", "parameters": {"adapter": "first"}}),
+        ("/embed", {"inputs": "Hi", "parameters": {"lora_id": "first"}}),
+        ("/v1/completions", {"prompt": "Hi", "adapter_id": "first"}),
+        ("/v1/completions", {"prompt": "Hi", "adapter_id": "", "lora": [], "lora_name": "first"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "merged_adapters": {"ids": ["a"]}}),
+        ("/v1/responses", {"input": "Hi", "lora_request": {"lora_name": "first"}}),
+        ("/v1/embeddings", {"input": "Hi", "lora_path": "first"}),
+        ("/score", {"text_1": "Hi", "text_2": "Ho", "adapter_id": "first"}),
+    ],
+)
+def test_a_field_that_would_name_an_adapter_elsewhere_is_refused(server: Server, path: str, body: dict[str, Any]):
+    """Otherwise the base model would answer in the adapter's place."""
+    status, _, answer = call(server, path, body)
+    assert status in (400, 422) and "does not name an adapter here: use `model` on /v1" in answer
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,8 @@ def test_a_version_that_is_registered_through_the_api_is_in_the_file(
         answer = requests.post(f"{server.url}/adapters/register", json=body, timeout=60)
         assert (answer.status_code, answer.json()["id"]) == (200, "made@2")
         load = {"lora_name": "made", "lora_path": str(adapters / "r12")}
-        assert requests.post(f"{server.url}/v1/load_lora_adapter", json=load, timeout=60).status_code == 409
+        refused = requests.post(f"{server.url}/v1/load_lora_adapter", json=load, timeout=60)
+        assert refused.status_code == 409 and "set load_inplace" in refused.text
         load["load_inplace"] = True
         assert requests.post(f"{server.url}/v1/load_lora_adapter", json=load, timeout=60).status_code == 200
         assert (
@@ -175,6 +176,18 @@ def test_a_version_that_is_registered_through_the_api_is_in_the_file(
         body = {"name": "now", "targets": {"made": 100}, "expected": {"made@2": 100}}
         assert requests.post(f"{server.url}/adapters/alias", json=body, timeout=60).status_code == 409
     assert read_registry(file).names["made"][1].digest == registered.digest
+
+
+def test_a_name_that_vllms_route_unloads_is_gone_and_can_be_loaded_again(server: Server, adapters: Path) -> None:
+    def post(path: str, **body: object) -> int:
+        return requests.post(f"{server.url}/v1/{path}", json=body, timeout=60).status_code
+
+    for name in ("r4", "r12"):
+        assert post("load_lora_adapter", lora_name="mine", lora_path=str(adapters / name)) == 200
+        assert post("completions", model="mine", prompt="Hi", max_tokens=1) == 200
+        assert post("unload_lora_adapter", lora_name="mine") == 200
+        assert post("completions", model="mine", prompt="Hi", max_tokens=1) == 404
+        assert post("unload_lora_adapter", lora_name="mine") == 404
 
 
 def test_the_command_registers_aliases_uploads_and_removes(server: Server, adapters: Path) -> None:

@@ -53,6 +53,11 @@ class Adapters:
         """Whether there is a registry file."""
         return self._declarations.possible
 
+    def has_name(self, name: str, key: str | None) -> bool:
+        """Whether the registry file or an upload has this name. For administrators."""
+        self._keys.administrator(key)
+        return self._registry.has(name)
+
     async def list(self, key: str | None = None, after: str = "", limit: int = 0) -> AdapterPage:
         """Adapters that are staged or in the adapter directory, as far as the caller may use them: those after the id
         `after`, and at most `limit`, but for those with the same id. 0: all of them."""

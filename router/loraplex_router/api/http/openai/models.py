@@ -9,7 +9,13 @@ from pydantic import BaseModel, Field
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.adapter_names import normal
-from loraplex_protos.errors import AdapterNotFoundError, FieldViolation, InvalidRequestError, quote
+from loraplex_protos.errors import (
+    AdapterConflictError,
+    AdapterNotFoundError,
+    FieldViolation,
+    InvalidRequestError,
+    quote,
+)
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.errors import Responses, only
 from loraplex_router.api.http.json_body import JsonRoute
@@ -79,6 +85,8 @@ async def vllm_load(body: VllmLoad, call: Call) -> Response:
     if path == body.lora_name or path.endswith(f"/{body.lora_name}"):
         status = await adapters.load(AdapterReference(body.lora_name), call.key)
     elif adapters.registers:
+        if not body.load_inplace and adapters.has_name(body.lora_name, call.key):
+            raise AdapterConflictError(f"{quote(body.lora_name)} exists: set load_inplace to replace it")
         expected = None if body.load_inplace else 0
         status = await adapters.register(body.lora_name, AdapterReference(path), expected, call.key)
     else:
@@ -90,8 +98,12 @@ async def vllm_load(body: VllmLoad, call: Call) -> Response:
 
 @router.post("/unload_lora_adapter", tags=["Adapters"], response_class=Response, responses={**ANSWERS, **IN_USE})
 async def vllm_unload(body: VllmUnload, call: Call) -> Response:
-    """Unloads an adapter, as vLLM does."""
-    await call.service.adapters.unload(AdapterReference(body.lora_name), key=call.key)
+    """Unloads an adapter, as vLLM does. A name in the registry, or of an upload, is removed."""
+    adapters = call.service.adapters
+    if adapters.has_name(body.lora_name, call.key):
+        await adapters.remove(body.lora_name, expected_version=None, key=call.key)
+    else:
+        await adapters.unload(AdapterReference(body.lora_name), key=call.key)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

@@ -43,7 +43,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "custom_logit_processor": (),
     "session_params": (),
     # llama.cpp's and text-generation-webui's; the other fields of the same samplers mean nothing without these
-    "lora": (),
     "mirostat": (0,),
     "mirostat_mode": (0,),
     "dry_multiplier": (0,),
