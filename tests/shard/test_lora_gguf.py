@@ -15,7 +15,7 @@ from loraplex_shard.lora.peft.gguf_tensors import as_torch
 from loraplex_shard.lora.peft.reading import check_shapes, read_adapter
 from loraplex_shard.lora.sources.files import TENSORS
 from loraplex_shard.lora.sources.local import LocalSource
-from loraplex_shard.lora.sources.upload import check_upload, receive
+from loraplex_shard.lora.uploads import check_upload, received
 from loraplex_shard.lora.weights.deltas import HostAdapter
 from tests.shard.lora_models import ALL_MODULES, BASE, HEAD_DIM, LAYERS, layouts, save_adapter, whole_deltas
 
@@ -126,7 +126,8 @@ def test_a_gguf_file_may_be_activated_uploaded_and_listed(tmp_path: Path) -> Non
     (file,) = as_gguf(tmp_path / "peft", invocation=[7, 8]).iterdir()
     sizes = {file.name: file.stat().st_size}
     check_upload(sizes)
-    uploaded = read_adapter(receive(sizes, iter([file.read_bytes()])), layouts(), BASE, torch.float32)
+    with received({"": sizes}, iter([file.read_bytes()])) as uploads:
+        uploaded = read_adapter(uploads[""].read(), layouts(), BASE, torch.float32)
     assert uploaded.invocation is not None and uploaded.invocation.token_ids == (7, 8)
     assert_same(uploaded, serve(tmp_path / "peft"))
     listing = LocalListing(

@@ -37,13 +37,14 @@ from loraplex_shard.lora.peft.whole import WholeAdapter
 from loraplex_shard.lora.reader import AdapterReader
 from loraplex_shard.lora.sources.files import TENSORS
 from loraplex_shard.lora.sources.text_files import TOKENIZER, AdapterText, AddedToken, read_text
-from loraplex_shard.lora.stager import Stager
+from loraplex_shard.lora.stager import Here, Stager
+from loraplex_shard.lora.uploads import received
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.batch import Segment
 from tests.shard.decoders import Sequences, load, load_reference, save_checkpoint
 from tests.shard.families import SIZES
-from tests.shard.lora_models import edit_config, edit_tensors, read
+from tests.shard.lora_models import contents, edit_config, edit_tensors, read
 from tests.shard.operations import BLOCK_SIZE, cpu_operations
 from tests.shard.thread_ranks import run_on_ranks
 
@@ -204,8 +205,7 @@ def test_the_bases_head_is_not_computed_if_every_row_has_its_own(
 ) -> None:
     decoder = load(untied)
     adapter = make_adapter(untied, tmp_path, VOCAB, {"modules_to_save": ["lm_head"]})
-    weights = AdapterReader(decoder.layouts, torch.float32, base_of(decoder)).cut(read(tmp_path), ())[1]
-    assert weights is not None
+    weights = read_adapter(read(tmp_path), decoder.layouts, base_of(decoder), torch.float32)
     hidden, segment = torch.randn(3, decoder.spec.hidden_size), Segment(0, 3, weights.weights)
     expected = hidden @ load_file(adapter.directory / TENSORS)["base_model.model.lm_head.weight"].T
     with_base = decoder.logits(torch.cat((hidden, hidden)), (segment,))
@@ -233,8 +233,10 @@ def compute(
     with closing(Stager({"reader": reader})) if apart else nullcontext() as stager:
         weights = {}
         for name, adapter in adapters.items():
-            files = read(adapter.directory)
-            _, held = stager.run(reader.cut, files, ()) if stager else reader.cut(files, ())
+            files = contents(adapter.directory)
+            sent = received({name: {each: len(data) for each, data in files.items()}}, iter(files.values()))
+            with sent as uploads, stager.process() if stager else nullcontext(Here()) as process:
+                _, held = process.compute(reader.read, uploads[name], lambda digest: False)
             assert held is not None
             weights[name] = held.weights
     sequences = Sequences(decoder, block_size, num_blocks=4 * len(adapters) + 8)

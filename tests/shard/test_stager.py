@@ -7,9 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar, TypeVarTuple
 
 import psutil
 import pytest
@@ -27,13 +28,16 @@ from loraplex_shard.lora.stager import NICE, Stager
 from loraplex_shard.lora.store import AdapterStore
 from tests.shard.lora_models import BASE, contents, edit_tensors, layouts, save_adapter, whole_deltas
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
 RANK = """
 import socket
-from tests.shard.test_stager import Shared, Stager
+from tests.shard.test_stager import Shared, Stager, call
 connection, other_end = socket.socketpair()
 stager = Stager({"shared": Shared()})
-print(stager.run(Shared.of(stager).process)[0], flush=True)
-stager.run(Shared.of(stager).linger)
+print(call(stager, Shared.of(stager).process)[0], flush=True)
+call(stager, Shared.of(stager).linger)
 """
 
 
@@ -62,6 +66,12 @@ class Shared:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def call(stager: Stager, work: Callable[[*Ts], T], *args: *Ts) -> T:
+    """Makes a call in a process of its own."""
+    with stager.process() as process:
+        return process.call(work, *args)
+
+
 @pytest.fixture
 def stager() -> Iterator[Stager]:
     with closing(Stager({"shared": Shared()})) as stager:
@@ -70,7 +80,7 @@ def stager() -> Iterator[Stager]:
 
 def test_each_call_is_a_process_of_low_priority_that_is_killed_first_when_memory_runs_out(stager: Stager) -> None:
     shared = Shared.of(stager)
-    first, second = stager.run(shared.process), stager.run(shared.process)
+    first, second = call(stager, shared.process), call(stager, shared.process)
     assert first[0] == second[0] and first[1] != second[1]
     assert first[2:] == (min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE), 1000)
 
@@ -78,35 +88,35 @@ def test_each_call_is_a_process_of_low_priority_that_is_killed_first_when_memory
 def test_errors_arrive_as_they_were_raised(stager: Stager) -> None:
     shared = Shared.of(stager)
     with pytest.raises(AdapterInvalidError, match="a wrong tensor"):
-        stager.run(shared.fail, AdapterInvalidError("a wrong tensor"))
+        call(stager, shared.fail, AdapterInvalidError("a wrong tensor"))
     with pytest.raises(InvalidRequestError) as raised:
-        stager.run(shared.fail, InvalidRequestError(FieldViolation("merged_adapters", "is wrong")))
+        call(stager, shared.fail, InvalidRequestError(FieldViolation("merged_adapters", "is wrong")))
     assert raised.value.violations == (FieldViolation("merged_adapters", "is wrong"),)
     assert str(raised.value) == "merged_adapters: is wrong"
     with pytest.raises(RuntimeError, match="KeyError: 'a fault of ours'"):
-        stager.run(shared.fail, KeyError("a fault of ours"))
+        call(stager, shared.fail, KeyError("a fault of ours"))
 
 
 def test_a_call_whose_process_is_killed_fails_alone(stager: Stager) -> None:
     shared = Shared.of(stager)
     with pytest.raises(OverloadedError, match="has been killed"):
-        stager.run(shared.be_killed)
-    assert stager.run(shared.process)[0] != os.getpid()
+        call(stager, shared.be_killed)
+    assert call(stager, shared.process)[0] != os.getpid()
 
 
 def test_the_rank_learns_at_once_that_its_stager_has_ended() -> None:
     lost = threading.Event()
     with closing(Stager({"shared": Shared()}, lost.set)) as stager:
-        psutil.Process(stager.run(Shared.of(stager).process)[0]).kill()
+        psutil.Process(call(stager, Shared.of(stager).process)[0]).kill()
         assert lost.wait(60)
         with pytest.raises(UnavailableError, match="its shard restarts"):
-            stager.run(Shared.of(stager).process)
+            call(stager, Shared.of(stager).process)
 
 
 def test_a_stager_that_is_closed_is_not_lost() -> None:
     lost = threading.Event()
     stager = Stager({"shared": Shared()}, lost.set)
-    process = psutil.Process(stager.run(Shared.of(stager).process)[0])
+    process = psutil.Process(call(stager, Shared.of(stager).process)[0])
     stager.close()
     process.wait(60)
     assert not lost.wait(0.2)

@@ -40,6 +40,12 @@ class HandedMemory:
         """What is mapped stays."""
         os.close(self.fd)
 
+    def write(self, data: memoryview, start: int) -> None:
+        """Writes bytes from byte `start` on, without the interpreter's lock."""
+        while len(data):
+            written = os.pwrite(self.fd, data, start)
+            start, data = start + written, data[written:]
+
     def map(self, populate: bool = False) -> torch.Tensor:
         """The memory, uint8, where a huge page may start; mapped until the tensor is gone. `populate`: its pages are
         looked up now, in one call without the interpreter's lock, and not when they are read."""

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from threading import Lock
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Once:
@@ -10,18 +13,19 @@ class Once:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._running: dict[Hashable, Future[None]] = {}
+        self._running: dict[Hashable, Future[Any]] = {}
 
-    def do(self, key: Hashable, work: Callable[[], object]) -> None:
+    def do(self, key: Hashable, work: Callable[[], T]) -> T:
         """Does the work, or waits for the call that is doing it and shares its result or error."""
-        future = Future[None]()
+        future = Future[T]()
         with self._lock:
             running = self._running.setdefault(key, future)
         if running is not future:
-            return running.result()
+            return running.result()  # type: ignore[no-any-return]
         try:
-            work()
-            future.set_result(None)
+            result = work()
+            future.set_result(result)
+            return result
         except BaseException as error:
             future.set_exception(error)
             raise

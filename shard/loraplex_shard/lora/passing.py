@@ -1,5 +1,5 @@
-"""Passes objects over a socket to another process of this machine: pickled, with adapters' files and memory beside it,
-which are put into memory that both map: who receives them copies nothing.
+"""Passes objects over a socket to another process of this machine: pickled, with adapters' memory beside it, which is
+put into memory that both map: who receives it copies nothing. HandedMemory is handed over as it is.
 
 Both ends must trust each other, and be forks of one process.
 """
@@ -26,12 +26,13 @@ from loraplex_shard.shapes.adapter import AdapterWeights
 
 _HEADER = struct.Struct("<QQ")  # bytes of the pickled object, and buffers
 _SIZE = struct.Struct("<Q")
+_MOST_HANDED = 8  # HandedMemory in one object
 
 
 def send(connection: socket.socket, value: object, shared: Mapping[str, object]) -> None:
     """Sends an object. `shared` are objects that the other end has as well: only their names are sent."""
-    stream, buffers = BytesIO(), list[pickle.PickleBuffer]()
-    _Pickler(stream, buffers, {id(each): name for name, each in shared.items()}).dump(value)
+    stream, buffers, handed = BytesIO(), list[pickle.PickleBuffer](), list[HandedMemory]()
+    _Pickler(stream, buffers, handed, {id(each): name for name, each in shared.items()}).dump(value)
     contents = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
     sizes = [content.nbytes for content in contents]
     with HandedMemory.of(sum(map(_in_pages, sizes))) as memory:
@@ -40,17 +41,19 @@ def send(connection: socket.socket, value: object, shared: Mapping[str, object])
         for content in contents:
             ctypes.memmove(place, content.ctypes.data, content.nbytes)
             place += _in_pages(content.nbytes)
-        socket.send_fds(connection, [_HEADER.pack(stream.tell(), len(sizes))], [memory.fd])
+        header = _HEADER.pack(stream.tell(), len(sizes))
+        socket.send_fds(connection, [header], [memory.fd, *(each.fd for each in handed)])
     connection.sendall(b"".join(map(_SIZE.pack, sizes)))
     connection.sendall(stream.getbuffer())
 
 
 def receive(connection: socket.socket, shared: Mapping[str, object]) -> Any:
     """Receives an object. Raises EOFError if the other end closes the connection before it has sent one."""
-    header, descriptors, _, _ = socket.recv_fds(connection, _HEADER.size, 1, socket.MSG_WAITALL)
+    header, descriptors, _, _ = socket.recv_fds(connection, _HEADER.size, 1 + _MOST_HANDED, socket.MSG_WAITALL)
     if not descriptors:
         raise EOFError
-    with HandedMemory(descriptors[0], os.fstat(descriptors[0]).st_size) as memory:
+    first, *handed = (HandedMemory(fd, os.fstat(fd).st_size) for fd in descriptors)
+    with first as memory:
         if len(header) < _HEADER.size:
             raise EOFError
         size, count = _HEADER.unpack(header)
@@ -59,7 +62,7 @@ def receive(connection: socket.socket, shared: Mapping[str, object]) -> Any:
         whole = memory.map(populate=True).numpy().data
     starts = accumulate(map(_in_pages, sizes), initial=0)
     buffers = [whole[start : start + own] for start, own in zip(starts, sizes, strict=False)]
-    return _Unpickler(BytesIO(data), buffers, shared).load()
+    return _Unpickler(BytesIO(data), buffers, handed, shared).load()
 
 
 def _in_pages(size: int) -> int:
@@ -77,18 +80,27 @@ def _read(connection: socket.socket, size: int) -> bytearray:
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, stream: BytesIO, buffers: list[pickle.PickleBuffer], names: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        stream: BytesIO,
+        buffers: list[pickle.PickleBuffer],
+        handed: list[HandedMemory],
+        names: Mapping[int, str],
+    ) -> None:
         super().__init__(stream, protocol=5, buffer_callback=buffers.append)
+        self._handed = handed
         self._names = names
         self._memory: torch.Tensor | None = None  # of the adapter whose tensors are being pickled
 
-    def persistent_id(self, value: Any) -> str | None:
+    def persistent_id(self, value: Any) -> str | int | None:
+        if isinstance(value, HandedMemory):
+            if value not in self._handed:
+                self._handed.append(value)
+            return self._handed.index(value)
         return self._names.get(id(value))
 
     def reducer_override(self, value: Any) -> Any:
         match value:
-            case memoryview():
-                return memoryview, (pickle.PickleBuffer(value),)
             case torch.Tensor() if value is self._memory:
                 return _whole, (pickle.PickleBuffer(memoryview(value.numpy())),)  # type: ignore[arg-type]
             case torch.Tensor():
@@ -106,12 +118,15 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: BytesIO, buffers: list[memoryview], shared: Mapping[str, object]) -> None:
+    def __init__(
+        self, stream: BytesIO, buffers: list[memoryview], handed: list[HandedMemory], shared: Mapping[str, object]
+    ) -> None:
         super().__init__(stream, buffers=buffers)
+        self._handed = handed
         self._shared = shared
 
-    def persistent_load(self, name: str) -> object:
-        return self._shared[name]
+    def persistent_load(self, name: str | int) -> object:
+        return self._handed[name] if isinstance(name, int) else self._shared[name]
 
 
 def _whole(buffer: memoryview) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""The stager: a process beside each rank that reads adapters for it, so that steps lose neither the interpreter's lock
-nor, to speak of, a core to adapters that others have asked for.
+"""The stager: a process beside each rank that fetches and reads adapters for it, so that steps lose neither the
+interpreter's lock nor, to speak of, a core to adapters that others have asked for.
 
 It is a fork of the rank, taken once the model is loaded and before the rank serves. It knows the model without reading
-it again, and shares its weights' memory. For each call it forks a process of low priority that ends with the call: all
-memory goes back, and what goes wrong there, running out of memory included, is the end of that call alone.
+it again, and shares its weights' memory. For each adapter it forks a process of low priority that ends once the adapter
+is read: all memory goes back, and what goes wrong there, running out of memory included, is the end of that one alone.
 """
 
 import ctypes
@@ -14,20 +14,23 @@ import stat
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from threading import BoundedSemaphore, Thread
-from typing import NoReturn, TypeVar, TypeVarTuple
+from threading import BoundedSemaphore, Lock, Thread
+from types import FunctionType, MethodType
+from typing import Any, NoReturn, Protocol, TypeVar, TypeVarTuple
 
 import torch
 
 from loraplex_protos.errors import LoraplexError, OverloadedError, UnavailableError
 from loraplex_shard.lora.passing import receive, send
 
-NICE = 10  # where cores are busy, a call gets about a tenth of what a step's thread gets
+NICE = 10  # where cores are busy, a process gets about a tenth of what a step's thread gets
 FIRST_TO_GO = b"1000"  # the process that the kernel ends when memory runs out
-ONE_CALL = b"."
+ONE_PROCESS = b"."
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened before any fork: a child may inherit held locks
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
@@ -35,8 +38,27 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
+class Caller(Protocol):
+    """Calls functions, here or in another process."""
+
+    def call(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Calls a function, such as a method of a shared object. Arguments that are functions are called here."""
+
+    def compute(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        """The same for work that keeps a processor busy: only a few at a time."""
+
+
+class Here(Caller):
+    """Calls on the calling thread."""
+
+    def call(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        return work(*args)
+
+    compute = call
+
+
 class Stager:
-    """Makes calls in processes of their own. May be used from any thread."""
+    """Has processes that make calls. May be used from any thread."""
 
     def __init__(self, shared: Mapping[str, object], on_lost: Callable[[], None] = lambda: None) -> None:
         """`shared`: the objects whose methods are called, and others that arguments consist of, by any names. They are
@@ -57,28 +79,19 @@ class Stager:
         theirs.close()
         Thread(target=self._watch, args=(child,), name="stager", daemon=True).start()
 
-    def run(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
-        """Calls a method of a shared object. Raises the LoraplexErrors that it raises, OverloadedError if its process
-        is killed, UnavailableError if the stager has ended, and RuntimeError for all other errors."""
-        with self._places:
-            ours, theirs = socket.socketpair()
-            with ours:
-                with theirs:
-                    self._begin(theirs)
-                try:
-                    send(ours, (work, args), self._shared)
-                    result, error = receive(ours, self._shared)
-                except (EOFError, ConnectionError):
-                    raise OverloadedError(
-                        "the process that was reading the adapter has been killed; memory may be short: try again later"
-                    ) from None
-        if error is not None:
-            raise error
-        returned: T = result
-        return returned
+    @contextmanager
+    def process(self) -> Iterator[Caller]:
+        """A context in which there is a process for calls. They raise the LoraplexErrors that the functions raise,
+        OverloadedError if the process is killed, UnavailableError if the stager has ended, and RuntimeError for all
+        other errors."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                self._begin(theirs)
+            yield _Process(ours, self._shared, self._places)
 
     def close(self) -> None:
-        """Ends the stager, once its calls have ended."""
+        """Ends the stager, once its processes have ended."""
         self._closed = True
         self._control.close()
 
@@ -90,9 +103,66 @@ class Stager:
 
     def _begin(self, connection: socket.socket) -> None:
         try:
-            socket.send_fds(self._control, [ONE_CALL], [connection.fileno()])
+            socket.send_fds(self._control, [ONE_PROCESS], [connection.fileno()])
         except OSError as error:
             raise UnavailableError("the process that reads adapters has ended, and its shard restarts") from error
+
+
+class _Process(Caller):
+    """A process of the stager, as the rank sees it."""
+
+    def __init__(self, connection: socket.socket, shared: Mapping[str, object], places: BoundedSemaphore) -> None:
+        self._connection = connection
+        self._shared = shared
+        self._places = places
+
+    def call(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        given: tuple[object, ...] = args
+        functions = {f"{n}": each for n, each in enumerate(given) if isinstance(each, FunctionType | MethodType)}
+        shared = {**self._shared, **functions}
+        try:
+            send(self._connection, (work, args), shared)
+            while isinstance(answer := receive(self._connection, shared), _Question):
+                send(self._connection, functions[answer.function](*answer.args), shared)
+        except (EOFError, ConnectionError):
+            raise OverloadedError(
+                "the process that was reading the adapter has been killed; memory may be short: try again later"
+            ) from None
+        result, error = answer
+        if error is not None:
+            raise error
+        returned: T = result
+        return returned
+
+    def compute(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        with self._places:
+            return self.call(work, *args)
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A call of one of the rank's functions."""
+
+    function: str
+    args: tuple[Any, ...]
+
+
+class _Known(dict[str, object]):
+    """What the rank and a process both have, by name, as the process sees it: other names are of the rank's functions,
+    which are called over the connection."""
+
+    def __init__(self, shared: Mapping[str, object], connection: socket.socket) -> None:
+        super().__init__(shared)
+        self._connection = connection
+        self._lock = Lock()
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        return partial(self._ask, name)
+
+    def _ask(self, function: str, *args: Any) -> Any:
+        with self._lock:
+            send(self._connection, _Question(function, args), self)
+            return receive(self._connection, self)
 
 
 def _serve(control: socket.socket, shared: Mapping[str, object]) -> None:
@@ -100,11 +170,11 @@ def _serve(control: socket.socket, shared: Mapping[str, object]) -> None:
     _close_connections(but=control.fileno())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to a terminal's whole group; the rank decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes of calls
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for its processes
     os.nice(NICE)  # forks take time, too
     torch.set_num_threads(1)  # those of the rank's pools do not exist here
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, len(ONE_CALL), 1)
+        message, descriptors, _, _ = socket.recv_fds(control, len(ONE_PROCESS), 1)
         if not message:
             return
         stager = os.getpid()
@@ -116,17 +186,21 @@ def _serve(control: socket.socket, shared: Mapping[str, object]) -> None:
 
 
 def _answer(connection: socket.socket, shared: Mapping[str, object]) -> None:
+    """Makes the calls that arrive, until the rank needs no more."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_bytes(FIRST_TO_GO)
-    work, args = receive(connection, shared)
-    answer: tuple[object, Exception | None]
-    try:
-        answer = work(*args), None
-    except LoraplexError as error:
-        answer = None, error
-    except Exception:
-        answer = None, RuntimeError(traceback.format_exc())
-    send(connection, answer, shared)
+    known = _Known(shared, connection)
+    while True:
+        work, args = receive(connection, known)
+        answer: tuple[object, Exception | None]
+        try:
+            answer = work(*args), None
+        except LoraplexError as error:
+            answer = None, error
+        except Exception:
+            answer = None, RuntimeError(traceback.format_exc())
+        send(connection, answer, known)
+        del work, args, answer  # may hold an adapter
 
 
 def _end_after(work: Callable[[], None]) -> NoReturn:
@@ -134,7 +208,7 @@ def _end_after(work: Callable[[], None]) -> NoReturn:
     try:
         work()
     except (EOFError, ConnectionError):
-        pass  # the rank has ended
+        pass  # the rank needs it no more, or has ended
     except BaseException:
         traceback.print_exc()
     finally:

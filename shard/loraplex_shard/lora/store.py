@@ -8,9 +8,9 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TypeVar, TypeVarTuple
 
 import torch
 
@@ -25,17 +25,14 @@ from loraplex_shard.lora.fetches import Fetches
 from loraplex_shard.lora.merge import Recipe
 from loraplex_shard.lora.once import Once
 from loraplex_shard.lora.peft.base import BaseModel
-from loraplex_shard.lora.peft.parsing import config_in
-from loraplex_shard.lora.peft.products import most_bytes
 from loraplex_shard.lora.reader import AdapterReader
 from loraplex_shard.lora.room import Room
-from loraplex_shard.lora.sources import upload
-from loraplex_shard.lora.sources.files import AdapterFiles
+from loraplex_shard.lora.sources.order import locate
 from loraplex_shard.lora.sources.patience import Progress
 from loraplex_shard.lora.sources.protocol import Origin, Source
 from loraplex_shard.lora.sources.text_files import AdapterText
-from loraplex_shard.lora.sources.upload import check_upload, receive, receive_each
-from loraplex_shard.lora.stager import Stager
+from loraplex_shard.lora.stager import Caller, Here, Stager
+from loraplex_shard.lora.uploads import NAME, Upload, check_upload, received
 from loraplex_shard.lora.weights.deltas import HostAdapter, Invocation
 from loraplex_shard.lora.weights.transfer import Transfer
 from loraplex_shard.observation.metrics import ShardMetrics
@@ -45,14 +42,9 @@ from loraplex_shard.shapes.layout import LinearLayout
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
-
 # The copies of an adapter in memory while it is staged: its file, its tensors in the dtype, and this rank's part of
 # them in one piece.
 COPIES = 3
-# Bytes of files whose headers are checked before anything else is read.
-LARGE = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +89,17 @@ class AdapterStore:
         self._host_bytes = host_bytes
         self._device_bytes = device_bytes
         self._room = Room(host_bytes // 2)
-        self._fetches = Fetches(sources)
+        self._fetches = Fetches()
         self._metrics = metrics or ShardMetrics()
-        self._once = Once()
+        self._once, self._fetching = Once(), Once()
         self._lock = Lock()  # guards the three below; held only for look-ups
         self._digests: dict[Origin, str] = {}  # of adapters that have been read
         self._host: dict[str, HostAdapter] = {}  # by digest
         self._slots: dict[int, tuple[str, AdapterWeights]] = {}
 
     def read_apart(self, on_lost: Callable[[], None] = lambda: None) -> Stager:
-        """From now on, a stager reads adapters, not the calling thread. Call it while no other thread uses the store,
-        and close the stager at the end. `on_lost`: see Stager."""
+        """From now on, a stager fetches and reads adapters, not the calling thread. Call it while no other thread uses
+        the store, and close the stager at the end. `on_lost`: see Stager."""
         shared = {"reader": self._reader, **{source.name: source for source in self._sources}}
         self._stager = Stager(shared, on_lost)
         return self._stager
@@ -121,10 +113,10 @@ class AdapterStore:
         others are unstaged.
         """
         read = False
-        with self._fetches.started(id, source, revision) as progress:
-            origin = self._fetches.locate(progress, token)
+        with self._fetches.started(id, source, revision) as progress, self._process() as process:
+            origin = process.call(locate, self._sources, id, source, revision, token, progress.take)
             while (staged := self._staged(origin)) is None:
-                self._once.do(origin, lambda: self._read(origin, progress))
+                self._once.do(origin, lambda: self._read(process, origin, progress))
                 read = True
         for warning in staged.warnings if read else ():
             logger.warning("adapter %s: %s", quote(id), warning)
@@ -133,9 +125,10 @@ class AdapterStore:
     def fetch(self, id: str, source: str, revision: str) -> Origin:
         """Brings an adapter's files to this machine's disk, and checks their headers, so that a later `stage` fetches
         nothing. Raises the same errors."""
-        with self._fetches.started(id, source, revision) as progress:
-            origin = self._fetches.locate(progress, token="")
-            self._apart(self._reader.check, self._fetches.bring(origin, progress))
+        with self._fetches.started(id, source, revision) as progress, self._process() as process:
+            origin = process.call(locate, self._sources, id, source, revision, "", progress.take)
+            self._fetch(process, origin, progress)
+            process.compute(self._reader.check, origin)
         return origin
 
     def fetches(self) -> list[Progress]:
@@ -145,14 +138,14 @@ class AdapterStore:
     def stage_upload(self, sizes: Mapping[str, int], data: Iterator[bytes]) -> StagedAdapter:
         """The same for files that are sent: their sizes by name, in the order in which `data` has their contents."""
         check_upload(sizes)
-        with self._room.taken(sum(sizes.values()) * COPIES):
-            files = receive(sizes, data)
-            digest = self._cut(lambda known: self._apart(self._reader.cut, files, known))
+        room = self._room.taken(sum(sizes.values()) * COPIES)
+        with room, received({"": sizes}, data) as uploads, self._process() as process:
+            digest = self._cut(process, uploads[""])
         with self._lock:
             adapter = self._host.get(digest)
         if adapter is None:
             raise OverloadedError("the adapter was unstaged meanwhile: try again")
-        return self._describe(digest, upload.NAME, "", adapter)
+        return self._describe(digest, NAME, "", adapter)
 
     def merge(self, digest: str, parts: Sequence[str], recipe: Recipe) -> StagedAdapter:
         """Merges staged adapters, named by their digests, into one that is staged under `digest`, unless it is already.
@@ -178,8 +171,7 @@ class AdapterStore:
         size = sum(sum(files.values()) for files in sizes.values())
         with self._lock:
             size += COPIES * sum(self._host[part].size_bytes for part in parts if part in self._host)
-        with self._room.taken(size):
-            sent = receive_each(sizes, data)
+        with self._room.taken(size), received(sizes, data) as sent:
             self._once.do(digest, lambda: self._make(digest, lambda: self._merged(parts, recipe, sent)))
         with self._lock:
             adapter = self._host[digest]
@@ -256,37 +248,44 @@ class AdapterStore:
             return None
         return self._describe(digest, origin.source.name, origin.revision, adapter)
 
-    def _apart(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
-        """Calls a method of the reader, where that may be done."""
-        return work(*args) if self._stager is None else self._stager.run(work, *args)
+    @contextmanager
+    def _process(self) -> Iterator[Caller]:
+        """A context in which calls of the reader and the sources can be made, where that may be done."""
+        if self._stager is None:
+            yield Here()
+        else:
+            with self._stager.process() as process:
+                yield process
 
-    def _read(self, origin: Origin, progress: Progress) -> None:
+    def _fetch(self, process: Caller, origin: Origin, progress: Progress) -> int:
+        """Returns how many bytes the adapter may have at most."""
+        return self._fetching.do(origin, lambda: process.call(self._reader.fetch, origin, progress.take))
+
+    def _read(self, process: Caller, origin: Origin, progress: Progress) -> None:
         with self._metrics.loading("disk"):
-            paths = self._fetches.bring(origin, progress)
-            # The hub does not always say a file's size.
-            size = sum(file.size or paths[name].stat().st_size for name, file in origin.files)
-            more = most_bytes(config, self._reader.layouts) if (config := config_in(paths)) else 0
-        with self._room.taken((size + more) * COPIES):
-            checked = paths if size > LARGE else {}
-            digest = self._cut(lambda known: self._apart(self._reader.read, origin, checked, known))
+            size = self._fetch(process, origin, progress)
+        with self._room.taken(size * COPIES):
+            digest = self._cut(process, origin)
         with self._lock:
             self._digests[origin] = digest
 
-    def _cut(self, cut: Callable[[frozenset[str]], tuple[str, HostAdapter | None]]) -> str:
-        """Holds what `cut` makes. It is told the digests of what is held, of which it makes nothing. Returns the
-        digest."""
-        with self._lock:
-            known = frozenset(self._host)
+    def _cut(self, process: Caller, files: Origin | Upload) -> str:
+        """Holds what is read, unless it is held already. Returns the digest."""
         began = time.monotonic()
         with self._metrics.loading("host"):
-            digest, adapter = cut(known)
+            digest, adapter = process.compute(self._reader.read, files, self._is_held)
         if adapter is not None:
             self._hold(digest, adapter, time.monotonic() - began)
         return digest
 
-    def _merged(self, parts: Sequence[str], recipe: Recipe, sent: Mapping[str, AdapterFiles]) -> HostAdapter:
+    def _is_held(self, digest: str) -> bool:
+        with self._lock:
+            return digest in self._host
+
+    def _merged(self, parts: Sequence[str], recipe: Recipe, sent: Mapping[str, Upload]) -> HostAdapter:
         found = [(part, sent[part] if part in sent else self._origin_of(part)) for part in parts]
-        return self._apart(self._reader.merge, found, recipe)
+        with self._process() as process:
+            return process.compute(self._reader.merge, found, recipe)
 
     def _origin_of(self, digest: str) -> Origin:
         with self._lock:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def config_in(paths: Mapping[str, Path]) -> AdapterConfig | None:
         raise AdapterSourceError(f"{CONFIG} cannot be read: {error.strerror}: try again") from error
 
 
+@lru_cache(maxsize=1)  # while an adapter is read, several ask for its configuration
 def parse_config(data: bytes) -> AdapterConfig:
     """Parses and validates the config. Raises AdapterInvalidError, naming the fields that are wrong or not
     supported."""

@@ -73,12 +73,12 @@ class HubSource(Source):
 
     def fetch(self, origin: Origin, progress: Progress) -> dict[str, Path]:
         paths: dict[str, Path] = {}
-        progress.done = 0
+        progress.reach(0)
         with _typed_errors(origin.id, origin.revision, origin.token):
             for name, _ in origin.files:
                 before = progress.done
                 paths[name] = self._fetch(origin, name, progress)
-                progress.done = before + paths[name].stat().st_size
+                progress.reach(before + paths[name].stat().st_size)
         return paths
 
     def _fetch(self, origin: Origin, name: str, progress: Progress) -> Path:
@@ -103,7 +103,7 @@ class HubSource(Source):
                 got = hashlib.file_digest(file, "sha256").hexdigest()
             if got != said:
                 path.resolve().unlink()
-                progress.done = before
+                progress.reach(before)
                 raise SourceBusyError(
                     f"{name} of {quote(origin.id)} arrived damaged: its sha256 is {got}, but the hub says {said}"
                 )
@@ -150,7 +150,7 @@ def _bar_of(progress: Progress) -> type[tqdm]:
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
-            progress.done += int(n or 0)
+            progress.reach(progress.done + int(n or 0))
 
     return Bar
 

@@ -41,7 +41,7 @@ class LocalSource(Source):
         return origin
 
     def fetch(self, origin: Origin, progress: Progress) -> dict[str, Path]:
-        progress.done = progress.total
+        progress.reach(progress.total)
         return {name: Path(file.place) for name, file in origin.files}
 
     def read(self, origin: Origin) -> dict[str, memoryview]:

@@ -127,7 +127,7 @@ class ObjectStoreSource(Source):
 
     def fetch(self, origin: Origin, progress: Progress) -> dict[str, Path]:
         paths: dict[str, Path] = {}
-        progress.done = 0
+        progress.reach(0)
         with self._typed_errors(origin.id):
             for name, file in origin.files:
                 before = progress.done
@@ -138,13 +138,13 @@ class ObjectStoreSource(Source):
 
                 key = f"{self.name}://{self._bucket}/{file.place} {file.version} {file.size}"
                 paths[name] = self._cache.get(key, file.size, bring)
-                progress.done = before + file.size
+                progress.reach(before + file.size)
         return paths
 
     def _download(self, file: File, output: IO[bytes], progress: Progress) -> None:
         """Continues where the output ends."""
         arrived = output.tell()
-        progress.done += arrived
+        progress.reach(progress.done + arrived)
         if arrived >= file.size:
             return
         options: GetOptions = {"if_match": file.version}
@@ -152,7 +152,7 @@ class ObjectStoreSource(Source):
             options["range"] = {"offset": arrived}
         for chunk in obstore.get(self._store, file.place, options=options).stream(CHUNK):
             output.write(chunk)
-            progress.done += len(chunk)
+            progress.reach(progress.done + len(chunk))
 
     def _compare(self, name: str, file: File, output: IO[bytes]) -> None:
         """Compares what has arrived with what the store says about it. Empties the output if it is not the same."""

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from functools import partial
 
 from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, quote
-from loraplex_shard.lora.sources.patience import Progress, patiently
+from loraplex_shard.lora.sources.patience import Progress, Report, patiently
 from loraplex_shard.lora.sources.protocol import Origin, Source
 
 
-def locate(sources: Sequence[Source], wanted: Progress, token: str) -> Origin:
-    """Finds the adapter's files. Its `source` is the name of a source, or empty for the first one that has the id. A
-    busy source is asked several times.
+def locate(sources: Sequence[Source], id: str, source: str, revision: str, token: str, report: Report) -> Origin:
+    """Finds an adapter's files. `source` is the name of a source, or empty for the first one that has the id. A busy
+    source is asked several times: see Progress for what is reported meanwhile.
 
     Raises the AdapterErrors of the sources. An AdapterNotFoundError has the reasons of all of them.
     """
-    id, source = wanted.id, wanted.source
+    progress = Progress(id, source, revision, report)
     asked = [each for each in sources if source in ("", each.name)]
     missing = [] if asked else [f"this server has no adapter source {quote(source)}"]
     for each in asked:
@@ -22,7 +22,7 @@ def locate(sources: Sequence[Source], wanted: Progress, token: str) -> Origin:
             missing.append(refusal)
             continue
         try:
-            return patiently(partial(each.locate, id, wanted.revision, token), wanted)
+            return patiently(partial(each.locate, id, revision, token), progress)
         except AdapterNotFoundError as error:
             missing.append(error.message)
         except AdapterSourceError as error:
