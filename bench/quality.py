@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -138,7 +139,16 @@ def _log_probabilities(decoder: Decoder, form: Form, windows: Sequence[torch.Ten
         blocks = -(-len(window) // BLOCK_SIZE)
         places = torch.arange(len(window))
         tables = torch.arange(blocks, dtype=torch.int32)[None]
-        batch = Batch(window, places, places, (0, len(window)), (len(window),), (0,), tables, ())
+        batch = Batch(
+            window,
+            places,
+            places,
+            np.array((0, len(window))),
+            np.array((len(window),)),
+            np.zeros(1, np.int64),
+            tables,
+            (),
+        )
         logits = decoder.logits(decoder(batch, decoder.new_cache(blocks, BLOCK_SIZE, form.kv_dtype)), ())
         assert logits is not None
         yield logits[0].log_softmax(1)

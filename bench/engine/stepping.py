@@ -4,6 +4,7 @@ import operator
 from collections.abc import Callable, Sequence
 from random import Random
 
+import numpy as np
 import torch
 
 from bench.engine.timing import seconds
@@ -187,8 +188,8 @@ class Stepper:
             last = torch.full((batch,), context - 1)
             qkv = torch.randn(batch, heads.width).to(self.decoder.dtype)
         indices = tables[:, -1].long() * BLOCK_SIZE + last % BLOCK_SIZE
-        contexts, starts = (context,) * batch, tuple(range(batch + 1))
-        step = self.decoder.ops.prepare(Batch(last, last, indices, starts, contexts, tuple(range(batch)), tables, ()))
+        contexts, starts, rows = np.full(batch, context), np.arange(batch + 1), np.arange(batch)
+        step = self.decoder.ops.prepare(Batch(last, last, indices, starts, contexts, rows, tables, ()))
 
         def attend() -> None:
             for layer in self.cache.layers:

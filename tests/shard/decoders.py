@@ -4,6 +4,7 @@ from pathlib import Path
 from random import Random
 from zlib import crc32
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -67,9 +68,9 @@ class Sequences:
             token_ids=torch.tensor([token for tokens in chunks.values() for token in tokens]),
             positions=torch.tensor(positions),
             cache_indices=torch.tensor(indices),
-            starts=tuple(starts),
-            context_lengths=tuple(self.computed[name] for name in chunks),
-            rows=tuple(self.rows[name] for name in chunks),
+            starts=np.array(starts),
+            context_lengths=np.array([self.computed[name] for name in chunks]),
+            rows=np.array([self.rows[name] for name in chunks]),
             block_tables=tables,
             segments=segments,
         )

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
 from transformers import LlamaConfig
 
@@ -55,9 +56,9 @@ def paged_batch(chunks: list[tuple[int, int]], seed: int) -> tuple[Batch, int]:
         token_ids=torch.zeros(starts[-1], dtype=torch.long),
         positions=torch.tensor(positions),
         cache_indices=torch.tensor(indices),
-        starts=tuple(starts),
-        context_lengths=tuple(before + tokens for before, tokens in chunks),
-        rows=tuple(range(len(chunks))),
+        starts=np.array(starts),
+        context_lengths=np.array([before + tokens for before, tokens in chunks]),
+        rows=np.arange(len(chunks)),
         block_tables=tables,
         segments=(),
     )

@@ -17,6 +17,7 @@ from loraplex_protos.shard_pb2 import StepResponse
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.ops.cuda.graphs import Record, Recordings
 from loraplex_shard.ops.cuda.operations import CudaOperations
+from loraplex_shard.ops.cuda.runs import Runs
 from loraplex_shard.ops.cuda.step import BUCKETS, CudaStep, Form
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.shapes.adapter import AdapterWeights
@@ -210,7 +211,7 @@ KINDS = ((HEADS, torch.float32),)
 
 def step_of(chunks: list[tuple[int, int]]) -> CudaStep:
     """A step of chunks (positions before, tokens)."""
-    return CudaStep.of(paged_batch(chunks, 0)[0], KINDS, CPU, recordable=True)
+    return CudaStep.of(paged_batch(chunks, 0)[0], Runs.of(()), KINDS, CPU, recordable=True)
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
@@ -259,6 +260,14 @@ def test_a_steps_form_is_the_least_that_it_fits_into(chunks: list[tuple[int, int
 def test_adapters_that_are_computed_one_by_one_are_not_recorded(own: OwnWeights, recordable: bool) -> None:
     ops = CudaOperations(CPU, computed)
     layouts = (LinearLayout("fused", 0, (LinearPart("p", 8, (slice(0, 8),)),), 8, slice(0, 8)),)
-    batch, _ = paged_batch([(0, 2)], 0)
     adapter = replace(adapter_for(layouts), own=own)
-    assert ops.is_recordable(replace(batch, segments=(Segment(0, 2, adapter),))) is recordable
+    assert ops.is_recordable(Runs.of([Segment(0, 2, adapter)])) is recordable
+
+
+def test_what_was_found_out_about_adapters_is_kept_while_they_are_the_same() -> None:
+    layouts = (LinearLayout("fused", 0, (LinearPart("p", 8, (slice(0, 8),)),), 8, slice(0, 8)),)
+    adapter, other = (adapter_for(layouts) for _ in range(2))
+    runs = Runs.of([Segment(1, 3, adapter)])
+    assert runs.after([Segment(1, 3, adapter)]) is runs
+    for changed in [Segment(1, 3, other)], [Segment(1, 4, adapter)], [Segment(0, 1, adapter), Segment(1, 3, adapter)]:
+        assert runs.after(changed).tiles.tolist() == Runs.of(changed).tiles.tolist() != runs.tiles.tolist()

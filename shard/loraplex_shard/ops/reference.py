@@ -187,7 +187,7 @@ class ReferenceOperations(ExpertOperations):
     ) -> torch.Tensor:
         query = qkv[:, : heads.query * heads.dim].reshape(len(qkv), heads.kv, -1, heads.dim)
         out = query.new_empty((*query.shape[:3], heads.value_dim))
-        for chunk, (start, stop) in enumerate(pairwise(step.batch.starts)):
+        for chunk, (start, stop) in enumerate(pairwise(step.batch.starts.tolist())):
             out[start:stop] = _attend(query[start:stop], heads, step.batch, chunk, cache, sinks)
         return out.view(len(qkv), -1)
 
@@ -211,7 +211,7 @@ def _attend(
 ) -> torch.Tensor:
     """Attention of one chunk's queries [tokens, kv_heads, group, dim] over its sequence's context:
     [tokens, kv_heads, group, value_dim]."""
-    context, block_size = batch.context_lengths[chunk], cache.keys.shape[-1]
+    context, block_size = int(batch.context_lengths[chunk]), cache.keys.shape[-1]
     positions = torch.arange(context - len(query), context, device=query.device)[:, None]
     first = max(0, context - len(query) - heads.window + 1) // block_size if heads.window else 0
     blocks = batch.block_tables[batch.rows[chunk], first : -(-context // block_size)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 import torch
 
@@ -63,6 +64,7 @@ class AdapterWeights:
     widest: int = field(init=False)  # the largest sum of lora_ranks in one layer
     int8: bool = field(init=False)  # whether A and B are int8
     size_bytes: int = field(init=False)  # of its memory and its table
+    serial: int = field(init=False, default_factory=count().__next__)  # no other has it, also after this one is gone
 
     def __post_init__(self) -> None:
         layers = self.layers.values()

@@ -1,14 +1,18 @@
 """The tensors of one step, as the decoder reads them. Knows nothing about sequences, sampling or gRPC."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from loraplex_shard.shapes.adapter import AdapterWeights
 
+Ints = NDArray[np.int64]
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+
+class Segment(NamedTuple):
     """A run of tokens of the batch that use the same adapter. Tokens that use the base model are not in a segment."""
 
     start: int
@@ -28,8 +32,8 @@ class Batch:
     token_ids: torch.Tensor  # [tokens] int64
     positions: torch.Tensor  # [tokens] int64: positions in the token's own sequence
     cache_indices: torch.Tensor  # [tokens] int64: where keys and values are written, block * block_size + offset
-    starts: tuple[int, ...]  # [chunks + 1]
-    context_lengths: tuple[int, ...]  # [chunks]
-    rows: tuple[int, ...]  # [chunks]
+    starts: Ints  # [chunks + 1], on the host, as are the next two
+    context_lengths: Ints  # [chunks]
+    rows: Ints  # [chunks]
     block_tables: torch.Tensor  # [rows, blocks of the longest sequence] int32, undefined behind its end
     segments: tuple[Segment, ...]

@@ -21,9 +21,10 @@ from loraplex_shard.sampling.constraints import Constraints, Masks
 from loraplex_shard.shapes.batch import Segment
 from loraplex_shard.shapes.classifier import Classifier
 from loraplex_shard.stepping.failures import Failures
+from loraplex_shard.stepping.lineup import Ints, SampledChunks
 from loraplex_shard.stepping.pooling import PooledChunk, Pooling
 from loraplex_shard.stepping.results import Sample, StepResults
-from loraplex_shard.stepping.rows import Chunks, Ints, Rows, Sampled, spans
+from loraplex_shard.stepping.rows import Chunks, Rows, Sampled, spans
 from loraplex_shard.stepping.tokens import describe, describe_prompt
 
 # Known tokens whose logprobs are computed at once: bounds the memory for logits.
@@ -59,21 +60,21 @@ class StepInProgress:
     ) -> None:
         self._model, self._rows, self._group = parts.model, parts.rows, parts.group
         self._constraints, self._pooling, self._classifier = parts.constraints, parts.pooling, parts.classifier
-        self._chunks, self._sampled = chunks, sampled
+        self._chunks, self._lineup, self._sampled = chunks, chunks.lineup, sampled
         self._segments = segments
         self._masks = masks
         self._hidden = hidden
-        self._detail = parts.rows.detail[chunks.rows]
-        failures = Failures(len(chunks))
-        failures.add(np.flatnonzero(parts.rows.void[chunks.rows]), FAILURE_REASON_UNKNOWN_TOKEN)
+        failures = Failures()
+        failures.add(self._lineup.void, FAILURE_REASON_UNKNOWN_TOKEN)
         self._results = StepResults(len(chunks), failures)
 
     def finish(self) -> StepResults:
         """Samples where the plan asks for it, and tells all ranks' rows. Returns what rank 0 has found."""
-        self._report_prompt()
+        if self._lineup.scores_prompts:
+            self._report_prompt()
         self._report_unscored()
-        if self._chunks.samples.any():
-            self._sample()
+        if len(self._lineup.sampled):
+            self._sample(self._lineup.sampled)
         if self._group.rank == 0:
             self._report_pooled()
         return self._results
@@ -81,24 +82,22 @@ class StepInProgress:
     def _logits(self, tokens: Ints, on_device: Tensor) -> tuple[Tensor, Tensor] | None:
         """The logits [n, vocab] after these tokens of the batch, which are in ascending order, and whether they are
         finite [n]. Rank 0 only."""
+        if len(tokens) == len(self._hidden):
+            return self._model.logits(self._hidden, self._segments)
         bounds = np.searchsorted(tokens, [(segment.start, segment.stop) for segment in self._segments]).reshape(-1, 2)
         chosen = tuple(
             Segment(int(start), int(stop), segment.adapter)
             for (start, stop), segment in zip(bounds, self._segments, strict=True)
             if start < stop
         )
-        all_of_it = len(tokens) == len(self._hidden)
-        hidden = self._hidden if all_of_it else self._hidden[on_device]
-        return self._model.logits(hidden, chosen)
+        return self._model.logits(self._hidden[on_device], chosen)
 
     def _report_prompt(self) -> None:
         """Adds the log probabilities of the prompt tokens that follow the chunks' positions, where asked for."""
-        asked = self._detail["prompt_logprobs"]
-        if not asked.any():
-            return
-        ends = np.minimum(self._chunks.ends, self._rows.prompt_lengths[self._chunks.rows] - 1)
-        counts = np.where(asked, np.maximum(ends - self._chunks.begins, 0), 0)
-        alternatives = self._detail["prompt_top_logprobs"]
+        starts = self._lineup.starts
+        ends = np.minimum(self._chunks.ends, starts["prompt_length"] - 1)
+        counts = np.where(starts["detail"]["prompt_logprobs"], np.maximum(ends - self._chunks.begins, 0), 0)
+        alternatives = starts["detail"]["prompt_top_logprobs"]
         listed = (alternatives[counts > 0] > 0).any()
         for places, logits, tokens in self._following(self._chunks.begins + 1, counts):
             self._results.prompt.append(describe_prompt(tokens, logits, alternatives[places] if listed else None))
@@ -107,7 +106,7 @@ class StepInProgress:
     def _following(self, firsts: Ints, counts: Ints) -> Iterator[tuple[Ints, Tensor, Tensor]]:
         """For counts[i] known tokens, from position firsts[i] of chunk i's sequence on, slice by slice: the places of
         their chunks [n], the logits [n, vocab] before them, and the tokens [n]. Nothing on ranks other than 0."""
-        tokens = spans(self._chunks.starts[:-1] + firsts - 1 - self._chunks.begins, counts)
+        tokens = spans(self._lineup.offsets[:-1] + firsts - 1 - self._chunks.begins, counts)
         places, positions = np.repeat(np.arange(len(self._chunks)), counts), spans(firsts, counts)
         for first in range(0, len(tokens), LOGITS_SLICE):
             part = slice(first, first + LOGITS_SLICE)
@@ -115,72 +114,76 @@ class StepInProgress:
             if computed is not None:
                 logits, finite = computed
                 self._results.finite.append((places[part], to_host(finite)))
-                yield places[part], logits, self._rows.tokens_at(self._chunks.rows[places[part]], positions[part])
+                yield places[part], logits, self._rows.tokens_at(self._lineup.rows[places[part]], positions[part])
 
     def _report_unscored(self) -> None:
         """Adds the unscored tokens that have their logprobs now."""
-        chunks = self._chunks
-        for places, logits, tokens in self._following(chunks.score_begins, chunks.score_ends - chunks.score_begins):
-            self._results.scored.append(describe(places, tokens, logits, self._detail[places]))
+        if self._chunks.scored is None:
+            return
+        firsts, stops = self._chunks.scored
+        for places, logits, tokens in self._following(firsts, stops - firsts):
+            self._results.scored.append(describe(places, tokens, logits, self._lineup.starts["detail"][places]))
 
-    def _sample(self) -> None:
+    def _sample(self, sampled: SampledChunks) -> None:
         """Samples, and adds what was sampled and the fast-forward tokens after it."""
-        places = np.flatnonzero(self._chunks.samples)
-        rows, lengths = self._chunks.rows[places], self._chunks.ends[places]
-        computed = self._logits(self._chunks.starts[1:][places] - 1, self._sampled.tokens)
-        tokens = torch.zeros(len(places), dtype=torch.int64, device=self._hidden.device)
-        if computed is not None:
+        places = sampled.places
+        computed = self._logits(sampled.tokens, self._sampled.tokens)
+        if computed is None:
+            tokens = torch.zeros(len(places), dtype=torch.int64, device=self._hidden.device)
+        else:
             logits, finite = computed
-            bias = self._rows.bias(rows)
+            bias = self._rows.bias(sampled)
             allowed = logits if bias is None else bias.apply(logits)
             allowed = allowed if self._masks is None else self._masks.apply(allowed)
-            tokens = sampler.sample(allowed, self._rows.sampling[rows], self._rows.history(rows, lengths))
+            tokens = sampler.sample(allowed, sampled.sampling, self._rows.history(sampled, self._chunks.ends[places]))
         self._group.broadcast_(tokens)
         self._rows.record(self._sampled, tokens)
-        if self._masks is not None and self._constraints.follows(rows.tolist()):
-            sampled = to_host(tokens)
+        if self._masks is not None and self._constraints.follows(rows := sampled.rows.tolist()):
+            known = to_host(tokens)
             Mark(tokens.device).wait()
-            self._constraints.accept(rows.tolist(), sampled.tolist())
-        fast_forward = self._fast_forward(rows)
+            self._constraints.accept(rows, known.tolist())
+        fast_forward = self._fast_forward(sampled)
         if computed is not None:
             self._results.finite.append((places, to_host(finite)))
-            self._results.broken = places[self._constraints.failed(rows.tolist())]
-            described = describe(places, tokens, logits, self._detail[places])
-            self._results.sample = Sample(described, fast_forward, self._rows.scores(rows))
+            if len(sampled.forceable):
+                self._results.broken = places[self._constraints.failed(sampled.rows.tolist())]
+            described = describe(places, tokens, logits, sampled.detail)
+            self._results.sample = Sample(described, fast_forward, sampled.scored)
 
-    def _fast_forward(self, rows: Ints) -> Ints:
+    def _fast_forward(self, sampled: SampledChunks) -> Ints:
         """Adds to these rows, on all ranks, the fast-forward tokens after those just sampled.
 
         Returns it, padded with -1: [n, MAX_FAST_FORWARD], or [n, 0] if none of the rows has a grammar. A row that wants
         logprobs samples its last token in any case, for then there is a logprob of it.
         """
-        forceable, scored = self._rows.forceable[rows], self._rows.scores(rows)
-        fast_forward = np.full((len(rows), MAX_FAST_FORWARD if forceable.any() else 0), -1, np.int64)
+        fast_forward = np.full((len(sampled), MAX_FAST_FORWARD if len(sampled.forceable) else 0), -1, np.int64)
         if fast_forward.size:
             if self._group.rank == 0:
-                for place in np.flatnonzero(forceable).tolist():
-                    most = min(MAX_FAST_FORWARD, int(self._rows.room(rows[place])))
-                    tokens = self._constraints.fast_forward(int(rows[place]), most, end=not scored[place])
+                for place in sampled.forceable.tolist():
+                    row = int(sampled.rows[place])
+                    most = min(MAX_FAST_FORWARD, self._rows.room(row))
+                    tokens = self._constraints.fast_forward(row, most, end=not sampled.scored[place])
                     fast_forward[place, : len(tokens)] = tokens
             (on_device,) = to_device([fast_forward], self._hidden.device)
             self._group.broadcast_(on_device)
-            self._rows.fast_forward(rows, on_device)
+            self._rows.fast_forward(sampled, on_device)
         return fast_forward
 
     def _report_pooled(self) -> None:
         """Adds the vectors of pooled sequences whose last token was computed, and what classifiers make of tokens."""
-        for place in np.flatnonzero(self._detail["pool"]).tolist():
+        for place in self._lineup.pooled:
             vector = self._pooling.add(self._pooled_chunk(place))
             if vector is not None:
                 self._results.pooled.append((place, to_host(vector)))
 
     def _pooled_chunk(self, place: int) -> PooledChunk:
-        chunks = self._chunks
-        row, begin, end, start = (int(c[place]) for c in (chunks.rows, chunks.begins, chunks.ends, chunks.starts))
+        chunks, lineup = self._chunks, self._lineup
+        row, begin, end, first = (int(c[place]) for c in (lineup.rows, chunks.begins, chunks.ends, lineup.offsets))
         tokens = self._rows.tokens_at(np.full(end - begin, row), np.arange(begin, end))
-        last = end == self._rows.prompt_lengths[row]
-        classifier = self._classifier_of(start) if self._rows.detail["classify"][row] else None
-        return PooledChunk(row, begin, self._hidden[start : start + end - begin], tokens, bool(last), classifier)
+        start = lineup.starts[place]
+        classifier = self._classifier_of(first) if start["detail"]["classify"] else None
+        hidden, last = self._hidden[first : first + end - begin], bool(end == start["prompt_length"])
+        return PooledChunk(row, begin, hidden, tokens, last, classifier)
 
     def _classifier_of(self, token: int) -> Classifier:
         """Of the adapter of this token of the batch, or the model's."""

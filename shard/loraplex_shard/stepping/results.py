@@ -11,7 +11,7 @@ from torch import Tensor
 from loraplex_protos.shard_pb2 import FAILURE_REASON_GRAMMAR, FAILURE_REASON_NOT_FINITE, StepResponse
 from loraplex_shard.device.copies import Mark
 from loraplex_shard.stepping.failures import Failures
-from loraplex_shard.stepping.rows import Ints
+from loraplex_shard.stepping.lineup import Ints
 from loraplex_shard.stepping.tokens import PromptTokens, Tokens, add_prompt, add_tokens
 
 
@@ -41,7 +41,9 @@ class StepResults:
     def write(self, response: StepResponse) -> None:
         """Fills the response with what has arrived."""
         for places, finite in self.finite:
-            self.failures.add(places[~finite.numpy()], FAILURE_REASON_NOT_FINITE)
+            found = finite.numpy()
+            if not found.all():
+                self.failures.add(places[~found], FAILURE_REASON_NOT_FINITE)
         self.failures.add(self.broken, FAILURE_REASON_GRAMMAR)
         for tokens in self.prompt:
             add_prompt(response, tokens)
@@ -57,9 +59,11 @@ class StepResults:
         if self.sample is None:
             return []
         tokens, fast_forward, scored = self.sample.tokens, self.sample.fast_forward, self.sample.scored
-        spared = self.failures.spare(tokens.places)
-        if not spared.all():
+        if self.failures:
+            spared = self.failures.spare(tokens.places)
             tokens, fast_forward, scored = tokens.of(spared), fast_forward[spared], scored[spared]
+        if not fast_forward.size:
+            return [tokens]
         known = fast_forward >= 0
         now, later = known & ~scored[:, None], known & scored[:, None]
         if later.any():

@@ -15,41 +15,28 @@ from numpy.typing import NDArray
 from loraplex_protos.shard_pb2 import SequenceStart, StepRequest
 from loraplex_shard.device.copies import to_device
 from loraplex_shard.sampling.sampler import Bias
-from loraplex_shard.sampling.stages import PARAMETERS, History, read_parameters
+from loraplex_shard.sampling.stages import History, read_parameters
 from loraplex_shard.shapes.batch import Batch, Segment
+from loraplex_shard.stepping.lineup import DETAIL, START, Ints, Lineup, SampledChunks
 
-Ints = NDArray[np.int64]
-
-# What a sequence wants reported in addition to tokens or (pool) instead of them.
-DETAIL = np.dtype(
-    [
-        ("logprobs", np.bool_),
-        ("top_logprobs", np.int64),
-        ("prompt_logprobs", np.bool_),
-        ("prompt_top_logprobs", np.int64),
-        ("pool", np.bool_),
-        ("classify", np.bool_),
-    ]
-)
+# No chunk's blocks, or no chunks'.
+NONE: Ints = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """A plan's columns. Chunk i computes the positions [begins[i], ends[i]) of the sequence in row rows[i], which are
-    the tokens [starts[i], starts[i + 1]) of the batch."""
+    """What a plan computes: the positions [begins[i], ends[i]) of the sequence in the row of chunk i."""
 
-    rows: Ints
-    slots: Ints
-    samples: NDArray[np.bool_]
+    lineup: Lineup
     begins: Ints
     ends: Ints
-    starts: Ints  # chunks + 1
     new_blocks: Ints  # entries of the flattened block tables that are new with the plan
-    score_begins: Ints  # the tokens [score_begins[i], score_ends[i]) of the sequence are unscored, and follow positions
-    score_ends: Ints  # of the chunk: it makes their logprobs known
+    # The tokens [first, stop) of each chunk's sequence that are unscored and follow positions of the chunk: it makes
+    # their logprobs known. None: there are none in any.
+    scored: tuple[Ints, Ints] | None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.lineup)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,25 +69,22 @@ class Rows:
         # position needs a place too.
         self._tokens = torch.empty((max_sequences, max_model_len + 1), dtype=torch.int32, device=device)
         self._known: Ints = np.zeros(max_sequences, np.int64)  # tokens, sampled ones included; 0: the row is free
-        self.prompt_lengths: Ints = np.zeros(max_sequences, np.int64)
-        self.sampling = np.zeros(max_sequences, PARAMETERS)
-        self._biased = np.zeros(max_sequences, np.bool_)
+        self._starts = np.zeros(max_sequences, START)
         self._biases: dict[int, tuple[Ints, NDArray[np.float32]]] = {}  # by row: token ids and their biases
-        self.detail = np.zeros(max_sequences, DETAIL)
-        self.void = np.zeros(max_sequences, np.bool_)  # started with a token that is not in the vocabulary
-        self.forceable = np.zeros(max_sequences, np.bool_)  # rows whose grammars may add tokens that are not sampled
-        # Tokens whose logprobs need not be reported any more: all but fast-forward tokens of a row which asked for
-        # logprobs and still follow positions that are to be computed.
-        self._scored: Ints = np.zeros(max_sequences, np.int64)
+        # How many of the last tokens are still to be reported with their logprobs: fast-forward tokens of a row which
+        # asked for logprobs, that follow positions which are to be computed.
+        self._unscored: Ints = np.zeros(max_sequences, np.int64)
         self._computed: Ints = np.zeros(max_sequences, np.int64)  # positions whose keys and values are in the cache
         self._block_tables = np.zeros((max_sequences, -(-max_model_len // block_size)), np.int32)
         # Its own memory on a GPU, the same on a CPU.
         (self._tables_on_device,) = to_device([self._block_tables], device)
         self._block_counts: Ints = np.zeros(max_sequences, np.int64)
+        self._last: tuple[Sequence[Sequence[int]], Lineup] | None = None  # a plan's columns, if no row started since
 
     def clear(self) -> None:
         """Forgets all sequences."""
         self._known[:] = 0
+        self._last = None
 
     def start(self, start: SequenceStart) -> None:
         """Lets a sequence take over its row. A sequence with a token that the model does not have is void: it is
@@ -109,100 +93,100 @@ class Rows:
         assert row < len(self._known), f"row {row} of {len(self._known)}"
         assert 0 < start.prompt_length <= known <= self._max_model_len, f"row {row}: {known} tokens"
         assert start.computed < known, f"row {row}: nothing left to compute"
+        assert 0 <= start.unscored <= known - start.prompt_length, f"row {row}: unscored prompt tokens"
         tokens = np.fromiter(start.tokens, np.int64, known)
         bias = start.sampling.logit_bias
         biased = np.fromiter(bias.keys(), np.int64, len(bias))
         size = start.vocab_size or self._vocab_size
-        self.void[row] = (tokens >= size).any() or (biased >= size).any()
-        if self.void[row]:
+        void = bool((tokens >= size).any() or (biased >= size).any())
+        if void:
             tokens[tokens >= size] = biased[biased >= size] = 0
         (self._tokens[row, :known],) = to_device([tokens.astype(np.int32)], self._device)
-        self._known[row] = known
-        self.prompt_lengths[row] = start.prompt_length
-        self.sampling[row] = read_parameters(start.sampling)
-        self._biased[row] = bool(bias)
-        if self._biased[row]:
+        if bias:
             values = np.fromiter(bias.values(), np.float32, len(bias))
             self._biases[row] = biased, values
-        self.detail[row] = tuple(getattr(start, name) for name in DETAIL.names or ())
-        assert 0 <= start.unscored <= known - start.prompt_length, f"row {row}: unscored prompt tokens"
-        self.forceable[row] = start.HasField("grammar")
-        self._scored[row] = known - start.unscored
+        narrowing = start.min_new_tokens, start.unwanted_token_ids, start.allowed_token_ids, start.bad_words
+        has_grammar = start.HasField("grammar")
+        self._starts[row] = (
+            start.prompt_length,
+            void,
+            has_grammar,
+            has_grammar or any(narrowing),
+            bool(bias),
+            tuple(getattr(start, name) for name in DETAIL.names or ()),
+            read_parameters(start.sampling),
+        )
+        self._known[row] = known
+        self._unscored[row] = start.unscored
         self._computed[row] = start.computed
         self._block_counts[row] = 0
+        self._last = None
 
     def advance(self, plan: StepRequest) -> Chunks:
         """Marks a plan's chunks as computed and their samples as known; the values follow with the step."""
-        rows, lengths = _column(plan.rows), _column(plan.lengths)
-        slots, samples, block_counts = _column(plan.slots), _column(plan.samples) != 0, _column(plan.block_counts)
-        count = len(rows)
-        assert all(len(column) == count for column in (lengths, slots, samples, block_counts)), "columns differ"
-        assert (rows < len(self._known)).all() and len(np.unique(rows)) == count, "rows unknown or twice"
-        begins = self._computed[rows]
-        ends = begins + lengths
-        assert (lengths > 0).all() and (ends <= self._known[rows]).all(), "chunk past the known tokens"
+        lineup = self._lineup(plan)
+        rows = lineup.rows
+        begins, known = self._computed[rows], self._known[rows]
+        ends = begins + lineup.lengths
+        assert (ends <= known).all(), "chunk past the known tokens"
         assert (ends <= self._max_model_len).all(), "chunk past the model's context"
-        known = self._known[rows]
-        at_end = ends == known
-        assert (at_end | self.forceable[rows])[samples].all(), "sample before the last known token"
-        samples &= at_end  # the router did not know the forced tokens yet
-        new_blocks = self._append_blocks(rows, block_counts, _column(plan.blocks))
+        early = (ends < known) & lineup.samples
+        if early.any():
+            assert lineup.starts["forceable"][early].all(), "sample before the last known token"
+            # The router did not know the forced tokens yet.
+            lineup = Lineup(rows, lineup.lengths, lineup.slots, lineup.samples & ~early, lineup.starts)
+        new_blocks = self._append_blocks(rows, plan)
         assert (self._block_counts[rows] * self._block_size >= ends).all(), "chunk past its blocks"
         self._computed[rows] = ends
-        self._known[rows] += samples
-        score_begins, score_ends = np.maximum(begins + 1, self._scored[rows]), np.minimum(ends + 1, known)
-        self._scored[rows] = np.maximum(self._scored[rows], score_ends + samples)
-        starts = np.concatenate(([0], np.cumsum(lengths)))
-        score_ends = np.maximum(score_ends, score_begins)
-        return Chunks(rows, slots, samples, begins, ends, starts, new_blocks, score_begins, score_ends)
+        self._known[rows] = known + lineup.samples
+        return Chunks(lineup, begins, ends, new_blocks, self._score(lineup, begins, ends, known))
 
     def batch(self, chunks: Chunks, segments: tuple[Segment, ...]) -> tuple[Batch, Sampled]:
         """The tensors of a step, of which advance() made the chunks. All of them are one copy to the device."""
-        lengths, last = chunks.ends - chunks.begins, chunks.starts[1:] - 1
-        positions = spans(chunks.begins, lengths)
-        token_rows = np.repeat(chunks.rows, lengths)
-        blocks = self._block_tables[token_rows, positions // self._block_size].astype(np.int64)
-        sampling = chunks.samples
+        lineup, sampled = chunks.lineup, chunks.lineup.sampled
+        rows = lineup.rows_of_tokens
+        positions = chunks.begins if len(rows) == len(chunks) else spans(chunks.begins, lineup.lengths)
+        blocks, offsets = np.divmod(positions, self._block_size)
         columns = (
-            token_rows,
+            rows,
             positions,
-            blocks * self._block_size + positions % self._block_size,
-            last[sampling],
-            chunks.rows[sampling],
-            chunks.ends[sampling],
+            self._block_tables[rows, blocks].astype(np.int64) * self._block_size + offsets,
+            sampled.tokens,
+            sampled.rows,
+            chunks.ends[sampled.places],
             chunks.new_blocks,
             self._block_tables.reshape(-1)[chunks.new_blocks],
         )
-        rows, at, indices, *sampled, new, new_blocks = to_device(columns, self._device)
+        there, at, indices, *of_sampled, new, new_blocks = to_device(columns, self._device)
         if len(chunks.new_blocks):
             self._tables_on_device.view(-1)[new] = new_blocks
         batch = Batch(
-            token_ids=self._tokens[rows, at].long(),
+            token_ids=self._tokens[there, at].long(),
             positions=at,
             cache_indices=indices,
-            starts=tuple(chunks.starts.tolist()),
-            context_lengths=tuple(chunks.ends.tolist()),
-            rows=tuple(chunks.rows.tolist()),
+            starts=lineup.offsets,
+            context_lengths=chunks.ends,
+            rows=lineup.rows,
             block_tables=self._tables_on_device,
             segments=segments,
         )
-        return batch, Sampled(*sampled)
+        return batch, Sampled(*of_sampled)
 
     def tokens_at(self, rows: Ints, positions: Ints) -> torch.Tensor:
         """One token per (row, position): [n] int64 on the device."""
         there, at = to_device([rows, positions], self._device)
         return self._tokens[there, at].long()
 
-    def history(self, rows: Ints, lengths: Ints) -> History:
-        """The tokens of these rows, up to these lengths, for the sampler."""
-        return History(self._tokens, rows, self.prompt_lengths[rows], lengths)
+    def history(self, sampled: SampledChunks, lengths: Ints) -> History:
+        """The tokens of these sequences, up to these lengths, for the sampler."""
+        return History(self._tokens, sampled.rows, sampled.starts["prompt_length"], lengths)
 
-    def bias(self, rows: Ints) -> Bias | None:
-        """The logit biases of these rows, if any."""
-        places = np.flatnonzero(self._biased[rows]).tolist()
-        if not places:
+    def bias(self, sampled: SampledChunks) -> Bias | None:
+        """The logit biases of these sequences, if any."""
+        places = sampled.biased
+        if not len(places):
             return None
-        ids, values = zip(*(self._biases[rows[place]] for place in places), strict=True)
+        ids, values = zip(*(self._biases[row] for row in sampled.rows[places].tolist()), strict=True)
         counts = [len(part) for part in ids]
         columns = np.repeat(places, counts), np.concatenate(ids), np.concatenate(values)
         return Bias(*to_device(columns, self._device))
@@ -211,30 +195,44 @@ class Rows:
         """Appends sampled tokens [n] int64, one per row."""
         self._tokens[sampled.rows, sampled.positions] = tokens.int()
 
-    def room(self, rows: Ints) -> Ints:
-        """How many more tokens these rows have room for."""
-        return self._max_model_len - self._known[rows]
+    def room(self, row: int) -> int:
+        """How many more tokens the row has room for."""
+        return self._max_model_len - int(self._known[row])
 
-    def scores(self, rows: Ints) -> NDArray[np.bool_]:
-        """Which of these rows asked for logprobs."""
-        detail = self.detail[rows]
-        scored: NDArray[np.bool_] = detail["logprobs"] | (detail["top_logprobs"] > 0)
-        return scored
-
-    def fast_forward(self, rows: Ints, tokens: torch.Tensor) -> None:
+    def fast_forward(self, sampled: SampledChunks, tokens: torch.Tensor) -> None:
         """Appends fast-forward tokens [n, most] int64, padded with -1, to these rows.
 
         Later chunks score them if logprobs were requested.
         """
+        rows = sampled.rows
         counts: Ints = (tokens >= 0).sum(1).cpu().numpy()
         positions = spans(self._known[rows], counts)
         there, at = to_device([np.repeat(rows, counts), positions], self._device)
         self._tokens[there, at] = tokens[tokens >= 0].int()
         self._known[rows] += counts
-        self._scored[rows] += np.where(self.scores(rows), 0, counts)
+        self._unscored[rows] += np.where(sampled.scored, counts, 0)
 
-    def _append_blocks(self, rows: Ints, counts: Ints, blocks: Ints) -> Ints:
-        """Returns the places of the blocks in the flattened tables."""
+    def _lineup(self, plan: StepRequest) -> Lineup:
+        """The last plan's, if this one has the same columns and nothing starts with it."""
+        columns = plan.rows[:], plan.lengths[:], plan.slots[:], plan.samples[:]
+        if self._last is not None and self._last[0] == columns:
+            return self._last[1]
+        rows, lengths, slots, samples = (np.fromiter(column, np.int64, len(column)) for column in columns)
+        assert len(rows) == len(lengths) == len(slots) == len(samples), "columns differ"
+        assert (rows < len(self._known)).all() and len(np.unique(rows)) == len(rows), "rows unknown or twice"
+        assert (lengths > 0).all(), "a chunk without tokens"
+        lineup = Lineup(rows, lengths, slots, samples != 0, self._starts[rows])
+        self._last = columns, lineup
+        return lineup
+
+    def _append_blocks(self, rows: Ints, plan: StepRequest) -> Ints:
+        """Returns the places of the new blocks in the flattened tables."""
+        assert len(plan.block_counts) == len(rows), "columns differ"
+        if not plan.blocks:
+            assert not any(plan.block_counts), "blocks are missing"
+            return NONE
+        counts = np.fromiter(plan.block_counts, np.int64, len(rows))
+        blocks = np.fromiter(plan.blocks, np.int64, len(plan.blocks))
         assert counts.sum() == len(blocks) and (blocks < self._num_blocks).all(), "blocks out of range"
         begins = self._block_counts[rows]
         assert (begins + counts <= self._block_tables.shape[1]).all(), "more blocks than the model's context has"
@@ -243,12 +241,19 @@ class Rows:
         self._block_counts[rows] += counts
         return places
 
+    def _score(self, lineup: Lineup, begins: Ints, ends: Ints, known: Ints) -> tuple[Ints, Ints] | None:
+        """Marks unscored tokens that follow positions of the chunks as scored. Returns which they are."""
+        unscored = self._unscored[lineup.rows]
+        if not unscored.any():
+            return None
+        firsts = np.maximum(begins + 1, known - unscored)
+        stops = np.maximum(np.minimum(ends + 1, known), firsts)
+        # What is sampled is scored at once, and nothing unscored comes before it.
+        self._unscored[lineup.rows] = np.where(unscored > 0, known - np.maximum(known - unscored, stops), 0)
+        return firsts, stops
+
 
 def spans(firsts: Ints, counts: Ints) -> Ints:
     """For each i in turn, counts[i] numbers starting at firsts[i]."""
     numbers: Ints = np.arange(counts.sum()) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
     return numbers
-
-
-def _column(values: Sequence[int] | Sequence[bool]) -> Ints:
-    return np.fromiter(values, np.int64, len(values))

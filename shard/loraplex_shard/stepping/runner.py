@@ -5,26 +5,25 @@ Every rank of a group runs the same plans. Knows nothing of gRPC streams, of thr
 
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from loraplex_protos.shard_pb2 import StepRequest, StepResponse
 from loraplex_shard.checkpoint.base import PoolingSpec
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.models import Model
-from loraplex_shard.sampling.constraints import Constraints, Masks
+from loraplex_shard.sampling.constraints import Constraints
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.batch import Segment
 from loraplex_shard.shapes.cache import KVCache
 from loraplex_shard.shapes.classifier import Classifier
+from loraplex_shard.stepping.lineup import Lineup
 from loraplex_shard.stepping.pooling import Pooling
 from loraplex_shard.stepping.progress import Parts, StepInProgress
 from loraplex_shard.stepping.results import PendingStep
-from loraplex_shard.stepping.rows import Chunks, Rows
+from loraplex_shard.stepping.rows import Rows
 from loraplex_shard.stepping.warmup import Limits, decodes, plans
 
 
@@ -86,11 +85,15 @@ class Runner:
         chunks = self._parts.rows.advance(plan)
         results = None
         if len(chunks):
-            segments = self._segments(chunks)
-            masks = self._begin_masks(chunks)
-            batch, sampled = self._parts.rows.batch(chunks, segments)
+            segments = self._segments(chunks.lineup)
+            sampled = chunks.lineup.sampled
+            masks = None
+            if sampled.constrained and self._parts.group.rank == 0:
+                lengths = chunks.ends[sampled.places].tolist()
+                masks = self._parts.constraints.begin(sampled.rows.tolist(), lengths)
+            batch, on_device = self._parts.rows.batch(chunks, segments)
             hidden = self._parts.model(batch, self._cache)
-            results = StepInProgress(self._parts, chunks, sampled, segments, masks, hidden).finish()
+            results = StepInProgress(self._parts, chunks, on_device, segments, masks, hidden).finish()
         return PendingStep(plan.step, self._device, results if self._parts.group.rank == 0 else None)
 
     def warmup(self, max_batch_tokens: int, flat: bool) -> float:
@@ -111,18 +114,7 @@ class Runner:
             self.step(plan)
         self.clear()
 
-    def _begin_masks(self, chunks: Chunks) -> Masks | None:
-        if self._parts.group.rank != 0:
-            return None
-        sampled = chunks.samples
-        return self._parts.constraints.begin(chunks.rows[sampled].tolist(), chunks.ends[sampled].tolist())
-
-    def _segments(self, chunks: Chunks) -> tuple[Segment, ...]:
-        """The runs of chunks that use one adapter, as runs of tokens."""
-        changes = np.flatnonzero(np.diff(chunks.slots)) + 1
-        runs = [0, *changes.tolist(), len(chunks)]
-        return tuple(
-            Segment(int(chunks.starts[first]), int(chunks.starts[last]), self.slots.adapter_in(slot))
-            for first, last in pairwise(runs)
-            if (slot := int(chunks.slots[first]))
-        )
+    def _segments(self, lineup: Lineup) -> tuple[Segment, ...]:
+        """The runs of tokens that use one adapter."""
+        adapter_in = self.slots.adapter_in
+        return tuple([Segment(first, stop, adapter_in(slot)) for first, stop, slot in lineup.runs])

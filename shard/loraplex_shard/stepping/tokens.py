@@ -6,6 +6,7 @@ that, on the step's thread, and `add_...` reads them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,8 @@ from torch import Tensor
 from loraplex_protos.shard_pb2 import StepResponse
 from loraplex_shard.device.copies import to_host
 from loraplex_shard.sampling import sampler
-from loraplex_shard.stepping.rows import Ints, spans
+from loraplex_shard.stepping.lineup import Ints
+from loraplex_shard.stepping.rows import spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +100,22 @@ def add_prompt(response: StepResponse, tokens: PromptTokens) -> None:
 
 def add_tokens(response: StepResponse, chunks: int, parts: Sequence[Tokens]) -> None:
     """Adds the tokens of a plan of this many chunks. Within a chunk, tokens of earlier parts come first."""
-    places = np.concatenate([part.places for part in parts]) if parts else np.zeros(0, np.int64)
-    order = np.argsort(places, kind="stable")
+    places = _joined([part.places for part in parts]) if parts else np.zeros(0, np.int64)
     response.token_counts.extend(np.bincount(places, minlength=chunks).tolist())
     if not len(places):
         return
-    response.tokens.extend(np.concatenate([part.ids.numpy() for part in parts])[order].tolist())
+    order = np.argsort(places, kind="stable")
+    response.tokens.extend(_joined([part.ids.numpy() for part in parts])[order].tolist())
     if any(part.logprobs is not None for part in parts):
         columns = [np.zeros(len(part.ids)) if part.logprobs is None else part.logprobs.numpy() for part in parts]
-        response.logprobs.extend(np.concatenate(columns)[order].tolist())
+        response.logprobs.extend(_joined(columns)[order].tolist())
     if any(part.alternatives is not None for part in parts):
         _add_alternatives(response, parts, order)
+
+
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """One after the other; a single one is not copied."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _add_alternatives(response: StepResponse, parts: Sequence[Tokens], order: Ints) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -96,7 +97,9 @@ class TransformersModel:
         cache, positions = self.new_cache(1, BLOCK_SIZE, sequences=1), torch.arange(BLOCK_SIZE, device=self._device)
         table = torch.zeros((1, 1), dtype=torch.int32, device=self._device)
         tokens = torch.full_like(positions, self.vocab_size // 2)
-        batch = Batch(tokens, positions, positions, (0, BLOCK_SIZE), (BLOCK_SIZE,), (0,), table, ())
+        batch = Batch(
+            tokens, positions, positions, np.array((0, BLOCK_SIZE)), np.array((BLOCK_SIZE,)), np.array((0,)), table, ()
+        )
         counted, again, backwards, own = (
             self._hidden(batch, at, cache).float() for at in (positions, positions, positions.flip(0), None)
         )

@@ -70,7 +70,9 @@ def calls_of(batch: Batch, continues: bool) -> SequenceCalls:
     calls: list[SequenceCall] = []
     order: list[int] = []  # of the tokens of all calls: their places in the batch
     steps: list[list[tuple[int, int]]] = []  # of sequences that go on token by token: places in the batch, and rows
-    for (start, stop), end, row in zip(pairwise(batch.starts), batch.context_lengths, batch.rows, strict=True):
+    for (start, stop), end, row in zip(
+        pairwise(batch.starts.tolist()), batch.context_lengths.tolist(), batch.rows.tolist(), strict=True
+    ):
         begins = end == stop - start
         if begins or (continues and stop - start > 1):
             segments = _cut(batch.segments, range(start, stop))

@@ -60,9 +60,7 @@ class CpuStep:
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        self.starts = np.array(batch.starts, np.int64)
-        self.contexts = np.array(batch.context_lengths, np.int64)
-        self.rows = np.array(batch.rows, np.int64)
+        self.starts, self.contexts, self.rows = batch.starts, batch.context_lengths, batch.rows
         self.segments = CpuSegments.of(batch.segments)
         self.own_norms, self.own_embeddings = _own_weights(batch)
         self.numbers = (

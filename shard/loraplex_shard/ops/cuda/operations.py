@@ -20,6 +20,7 @@ from loraplex_shard.ops.cuda.graphs import Record, Recordings
 from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
 from loraplex_shard.ops.cuda.quantized import IntegerWeight
 from loraplex_shard.ops.cuda.rotary import rotate_and_write
+from loraplex_shard.ops.cuda.runs import Runs
 from loraplex_shard.ops.cuda.step import BUCKETS, CudaStep, Kind
 from loraplex_shard.ops.cuda.tiles import make_tiles
 from loraplex_shard.ops.experts import ExpertOperations
@@ -63,6 +64,7 @@ class CudaOperations(ExpertOperations):
         """`record`: GraphRecorder() on a GPU."""
         self._device = device
         self._recordings = Recordings(record)
+        self._runs = Runs.of(())  # of the last step
         self._kinds: tuple[Kind, ...] = ()  # of the model's attention, once it has run
         self._has_experts = self._experts_wait = False  # the model
         # cuBLAS may otherwise sum in bfloat16; Operations.linear sums in float32.
@@ -79,7 +81,8 @@ class CudaOperations(ExpertOperations):
                 return Float8Weight(matrix.values.to(self._device), matrix.scales.to(self._device))
 
     def prepare(self, batch: Batch) -> CudaStep:
-        return CudaStep.of(batch, self._kinds, self._device, self.is_recordable(batch))
+        self._runs = self._runs.after(batch.segments)
+        return CudaStep.of(batch, self._runs, self._kinds, self._device, self.is_recordable(self._runs))
 
     def forward(
         self, step: CudaStep, cache: KVCache, group: Group, compute: Callable[[CudaStep], torch.Tensor]
@@ -90,15 +93,14 @@ class CudaOperations(ExpertOperations):
         self._kinds = tuple(step.tiles)
         return hidden
 
-    def is_recordable(self, batch: Batch) -> bool:
-        """Whether all that the batch needs can be recorded. What runs for one adapter after the other, or waits for the
-        device, cannot."""
-        adapters = [segment.adapter for segment in batch.segments]
+    def is_recordable(self, runs: Runs) -> bool:
+        """Whether all that a batch with these adapters needs can be recorded. What runs for one adapter after the
+        other, or waits for the device, cannot."""
         return (
             self._recordings.possible
-            and not (self._has_experts and adapters)
+            and not (self._has_experts and runs.key)
             and not self._experts_wait
-            and not any(adapter.own.norms or adapter.own.embedding for adapter in adapters)
+            and not runs.one_by_one
         )
 
     def embedding(self, step: CudaStep, weight: CudaWeight, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:

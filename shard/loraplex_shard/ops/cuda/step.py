@@ -1,13 +1,16 @@
 """A step's batch as the CUDA kernels read it, and what it has in common with other steps."""
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loraplex_shard.ops.cuda.lora import LoraTiles, tile, widest
+from loraplex_shard.ops.cuda.lora import LoraTiles
+from loraplex_shard.ops.cuda.runs import Runs
 from loraplex_shard.ops.cuda.tiles import Cuts, Tiles, cut_batch
 from loraplex_shard.ops.cuda.worklists import worklists
 from loraplex_shard.shapes.batch import Batch
@@ -19,6 +22,7 @@ Kind = tuple[Heads, torch.dtype]  # attention with these heads, for queries of t
 BUCKETS = 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512
 PARTS = 512, 4096  # room for short tiles, and for partial results
 LEAST_WIDEST = 64
+NOWHERE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +36,20 @@ class Form:
     int8: bool
 
     @classmethod
-    def of(cls, batch: Batch, cuts: Iterable[Cuts]) -> "Form | None":
-        """The least that the batch fits into; None if there is none."""
+    def of(cls, tokens: int, runs: Runs, cuts: Iterable[Cuts]) -> "Form | None":
+        """The least that a batch of so many tokens fits into; None if there is none."""
         needed, long = 0, False
         for each in cuts:
             needed, long = max(needed, len(each.short), each.partials), long or len(each.long) > 0
-        tokens = next((bucket for bucket in BUCKETS if bucket >= len(batch.token_ids)), None)
-        parts = next((room for room in PARTS if room >= needed), None)
-        if tokens is None or parts is None:
+        if tokens > BUCKETS[-1] or needed > PARTS[-1]:
             return None
-        ranks = max(LEAST_WIDEST, 1 << (widest(batch.segments) - 1).bit_length()) if batch.segments else 0
-        return cls(tokens, parts, long, ranks, any(segment.adapter.int8 for segment in batch.segments))
+        ranks = max(LEAST_WIDEST, 1 << (runs.widest - 1).bit_length()) if len(runs.tiles) else 0
+        return cls(_room(BUCKETS, tokens), _room(PARTS, needed), long, ranks, runs.int8)
+
+
+def _room(rooms: tuple[int, ...], needed: int) -> int:
+    """The least of them that suffices."""
+    return rooms[bisect_left(rooms, needed)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +60,11 @@ class CudaStep:
     form: Form | None  # None: the step is not like others
 
     @classmethod
-    def of(cls, batch: Batch, kinds: Iterable[Kind], device: torch.device, recordable: bool) -> "CudaStep":
+    def of(cls, batch: Batch, runs: Runs, kinds: Iterable[Kind], device: torch.device, recordable: bool) -> "CudaStep":
         """`kinds`: those whose tiles are known to be needed. All lists are one copy to the device."""
         cuts = {kind: cut_batch(batch, *kind) for kind in kinds}
-        form = Form.of(batch, cuts.values()) if recordable and cuts else None
-        lora = tile(batch.segments)
+        form = Form.of(len(batch.token_ids), runs, cuts.values()) if recordable and cuts else None
+        lora = runs.tiles
         lists: list[tuple[NDArray[Any], int]] = [(lora, form.tokens if form and form.widest else len(lora))]
         for each in cuts.values():
             lists.append((each.short, form.parts if form else len(each.short)))
@@ -66,11 +73,7 @@ class CudaStep:
         made = iter(worklists(lists, device))
         return cls(
             batch,
-            LoraTiles(
-                next(made),
-                form.widest if form else widest(batch.segments),
-                any(segment.adapter.int8 for segment in batch.segments),
-            ),
+            LoraTiles(next(made), form.widest if form else runs.widest, runs.int8),
             {
                 kind: Tiles(next(made), next(made), each.rows, next(made), form.parts if form else each.partials)
                 for kind, each in cuts.items()
@@ -93,9 +96,9 @@ class CudaStep:
             token_ids=batch.token_ids.new_zeros(tokens),
             positions=batch.positions.new_zeros(tokens),
             cache_indices=batch.cache_indices.new_empty(tokens),
-            starts=(),
-            context_lengths=(),
-            rows=(),
+            starts=NOWHERE,
+            context_lengths=NOWHERE,
+            rows=NOWHERE,
             segments=(),
         )
         tiles = {

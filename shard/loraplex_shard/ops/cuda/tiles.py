@@ -20,7 +20,12 @@ SHORT, LONG = 16, 64  # rows per tile; a row is one query head of a token. Tenso
 SPLIT = 512  # positions per short tile
 
 
-Ints = NDArray[np.int32]
+Ints = NDArray[np.int64]
+Entries = NDArray[np.int32]
+
+# No tiles, and no split tokens.
+NONE: Entries = np.empty((0, 7), np.int32)
+NO_SPLITS: Entries = np.empty((0, 4), np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +48,11 @@ class Tiles:
 class Cuts:
     """The entries of a batch's tiles, on the host."""
 
-    short: Ints
-    long: Ints
-    rows: int
-    split: Ints
+    short: Entries
+    split: Entries
     partials: int
+    long: Entries
+    rows: int  # of a long tile, a power of 2
 
 
 def make_tiles(batch: Batch, heads: Heads, dtype: torch.dtype, device: torch.device) -> Tiles:
@@ -59,10 +64,7 @@ def make_tiles(batch: Batch, heads: Heads, dtype: torch.dtype, device: torch.dev
 
 def cut_batch(batch: Batch, heads: Heads, dtype: torch.dtype) -> Cuts:
     """The entries of these tiles."""
-    cuts = cut(np.array(batch.starts), np.array(batch.context_lengths), heads, rows_of_long_tiles(heads, dtype))
-    for tiles in (cuts.short, cuts.long):
-        tiles[:, 0] = np.array(batch.rows)[tiles[:, 0]]
-    return cuts
+    return cut(batch.rows, batch.starts, batch.context_lengths, heads, rows_of_long_tiles(heads, dtype))
 
 
 def rows_of_long_tiles(heads: Heads, dtype: torch.dtype) -> int:
@@ -71,39 +73,60 @@ def rows_of_long_tiles(heads: Heads, dtype: torch.dtype) -> int:
     return max(SHORT if dtype == torch.float32 else LONG, 1 << (heads.query // heads.kv - 1).bit_length())
 
 
-def cut(starts: NDArray[np.int64], contexts: NDArray[np.int64], heads: Heads, rows: int) -> Cuts:
-    """Cuts chunks, whose tokens begin at these places in the batch and whose sequences have these lengths, into tiles.
-    Long tiles have at most this number of rows. In each tile, its chunk is in place of the row of the block tables."""
-    group, tokens = heads.query // heads.kv, np.diff(starts)
-    before = contexts - tokens
+def cut(table_rows: Ints, starts: Ints, contexts: Ints, heads: Heads, rows: int) -> Cuts:
+    """Cuts chunks into tiles: chunk i begins at token starts[i] of the batch, its sequence has row table_rows[i] of the
+    block tables, and contexts[i] positions. Long tiles have at most `rows` rows."""
+    group, tokens = heads.query // heads.kv, starts[1:] - starts[:-1]
+    # Of each chunk (row, first token, tokens, position of the first token, first position that it sees, stop).
+    chunks = np.empty((len(tokens), 6), np.int64)
+    chunks[:, 0], chunks[:, 1], chunks[:, 2] = table_rows, starts[:-1], tokens
+    chunks[:, 3], chunks[:, 4], chunks[:, 5] = contexts - tokens, 0, contexts
+    if heads.window is not None:
+        np.maximum(0, chunks[:, 3] - (heads.window - 1), out=chunks[:, 4])
+    is_short = tokens * group <= SHORT
+    if is_short.all():
+        return Cuts(*_cut_short(chunks), NONE, rows)
+    return Cuts(*_cut_short(chunks[is_short]), _cut_long(chunks[~is_short], heads.window, rows // group), rows)
 
-    def first_seen(positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.zeros_like(positions) if heads.window is None else np.maximum(0, positions - heads.window + 1)
 
-    chunks = np.flatnonzero(tokens * group > SHORT)
-    counts = -(-tokens[chunks] // (rows // group))
-    chunk, first = np.repeat(chunks, counts), numbered(counts) * (rows // group)
-    count, position = np.minimum(tokens[chunk] - first, rows // group), before[chunk] + first
-    seen = first_seen(position), position + count
-    long = _entries(chunk, starts[chunk] + first, count, position, *seen, np.full(len(chunk), -1))
+def _cut_long(chunks: Ints, window: int | None, tokens: int) -> Entries:
+    """Tiles of at most so many tokens."""
+    counts = -(-chunks[:, 2] // tokens)
+    tiles, first = np.repeat(chunks, counts, axis=0), numbered(counts) * tokens
+    tiles[:, 1] += first
+    tiles[:, 2] = np.minimum(tiles[:, 2] - first, tokens)
+    tiles[:, 3] += first
+    tiles[:, 4] = 0 if window is None else np.maximum(0, tiles[:, 3] - window + 1)
+    tiles[:, 5] = tiles[:, 3] + tiles[:, 2]
+    return _with_places(tiles, -1)
 
-    chunks = np.flatnonzero(tokens * group <= SHORT)
-    low = first_seen(before[chunks])
-    runs = -(-contexts[chunks] // SPLIT) - low // SPLIT
+
+def _cut_short(chunks: Ints) -> tuple[Entries, Entries, int]:
+    """Tiles of SPLIT positions, the split tokens, and how many partial results they have."""
+    firsts = chunks[:, 4] // SPLIT
+    runs = -(-chunks[:, 5] // SPLIT) - firsts
     is_split = runs > 1
-    ends = np.cumsum(runs * tokens[chunks] * is_split)
-    places = ends - runs * tokens[chunks]
-    which, number = np.repeat(np.arange(len(chunks)), runs), numbered(runs)
-    chunk, run = chunks[which], low[which] // SPLIT + number
-    seen = np.maximum(low[which], run * SPLIT), np.minimum(contexts[chunk], (run + 1) * SPLIT)
-    place = np.where(is_split[which], places[which] + number * tokens[chunk], -1)
-    short = _entries(chunk, starts[chunk], tokens[chunk], before[chunk], *seen, place)
+    if not is_split.any():
+        return _with_places(chunks, -1), NO_SPLITS, 0
+    tokens = chunks[:, 2]
+    partials = np.where(is_split, runs * tokens, 0)
+    ends = np.cumsum(partials)
+    tiles, number = np.repeat(chunks, runs, axis=0), numbered(runs)
+    begins = (np.repeat(firsts, runs) + number) * SPLIT
+    tiles[:, 4] = np.maximum(tiles[:, 4], begins)
+    tiles[:, 5] = np.minimum(tiles[:, 5], begins + SPLIT)
+    places = np.where(np.repeat(is_split, runs), np.repeat(ends - partials, runs) + number * tiles[:, 2], -1)
 
-    chunk, places, runs = chunks[is_split], places[is_split], runs[is_split]
-    which, token = np.repeat(np.arange(len(chunk)), tokens[chunk]), numbered(tokens[chunk])
-    split = _entries(starts[chunk][which] + token, places[which] + token, tokens[chunk][which], runs[which])
-    return Cuts(short, long, rows, split, int(ends[-1]) if len(ends) else 0)
+    # Of each split chunk (first token, place of its first partial result, tokens, runs): an entry for each token.
+    split = np.stack((chunks[:, 1], ends - partials, tokens, runs), axis=1)[is_split]
+    token = numbered(split[:, 2])
+    split = np.repeat(split, split[:, 2], axis=0)
+    split[:, 0] += token
+    split[:, 1] += token
+    return _with_places(tiles, places), split.astype(np.int32), int(ends[-1])
 
 
-def _entries(*columns: NDArray[np.int64]) -> Ints:
-    return np.stack(columns, axis=1).astype(np.int32)
+def _with_places(tiles: Ints, places: Ints | int) -> Entries:
+    entries = np.empty((len(tiles), 7), np.int32)
+    entries[:, :6], entries[:, 6] = tiles, places
+    return entries
