@@ -131,7 +131,7 @@ async def _wait(service: Service, adapter: str, tokens: int) -> float:
     try:
         await generation.collect()
     finally:
-        service.close(generation)
+        service.requests.close(generation)
     assert generation.started is not None
     return generation.started - generation.validated
 

@@ -163,7 +163,7 @@ class Router:
             self._tell_health(),
             self._restore_pins(),
             self._usage.run(),
-            self._service.spend(),
+            self._service.requests.spend(),
             self._announce(ready),
             *followed,
         )
@@ -196,13 +196,13 @@ class Router:
 
     async def _drain(self) -> None:
         """Refuses new requests and lets running ones finish, up to a limit."""
-        self._service.draining = True
+        self._service.requests.draining = True
         await self._grpc.drain()
         logger.info("draining for at most %g seconds", self._settings.drain_seconds)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
-                await self._replicas.changes.until(lambda: self._service.idle)
-        await self._service.hand_over()
+                await self._replicas.changes.until(lambda: self._service.requests.idle)
+        await self._service.requests.hand_over()
 
     @contextlib.asynccontextmanager
     async def _http(self) -> AsyncIterator[int]:

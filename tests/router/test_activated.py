@@ -33,7 +33,7 @@ async def test_the_base_computes_a_sequence_up_to_the_invocation_and_the_adapter
     for prompt, acts_from in {(7, 8, 1, 7, 8, 9): 3, (1, 2, 3): NEVER}.items():
         generation = await setup.service.generate(Request(prompt, adapter=AdapterReference("a"), max_new_tokens=2))
         (delta,) = await generation.collect()
-        setup.service.close(generation)
+        setup.service.requests.close(generation)
         slot = 0 if acts_from == NEVER else 1
         assert generation.outputs[0].sequence.acts_from == acts_from
         assert [sample.token for sample in delta.samples] == [prompt[-1] + 1 + slot, prompt[-1] + 2 + 2 * slot]
@@ -61,7 +61,7 @@ async def test_a_sequence_that_moves_to_another_replica_is_the_bases_up_to_the_s
     second.shards.send = record
     cluster.lose(cluster.replica)
     (delta,) = await generation.collect()
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
     await cluster.close()
     assert [sample.token for sample in delta.samples] == [9 + 2 * step for step in range(1, 61)]
     slots = [slot for slot, length in plans for _ in range(length)]

@@ -58,7 +58,7 @@ async def test_an_adapter_is_listed_once_with_all_the_replicas_that_have_it(clus
     assert {residence.replica for residence in status.residences} == {"0", "second"}
     assert (status.state, status.tier, status.lora_rank, status.size_bytes) == (LOADED, DEVICE, 8, 10)
     assert (status.requests, status.running_sequences + status.waiting_sequences, status.pinned) == (1, 1, False)
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
     assert (await listed(cluster))["a"].requests == 0
     assert status.last_used > 0
     assert (await listed(cluster))["b"].state == AVAILABLE
@@ -125,7 +125,7 @@ async def test_an_adapter_is_unloaded_from_every_replica_or_from_none(cluster: C
     assert len(cluster.holders("digest of a")) == 2
     unloading = asyncio.create_task(cluster.administration.unload(A, wait=True))
     await asyncio.sleep(0)
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
     await unloading
     assert not cluster.holders("digest of a")
     assert (await listed(cluster))["a"].state == AVAILABLE
@@ -190,7 +190,7 @@ async def test_pins_of_a_lost_replica_move_to_another(cluster: Cluster):
     cluster.lose(cluster.replica)
     generation = await cluster.service.generate(request(1, 5))  # its step finds the replica lost
     await generation.collect()
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
     if cluster.replica in list(cluster.replicas):
         cluster.replicas.remove(cluster.replica)
     await cluster.administration.restore_pins()
@@ -222,7 +222,7 @@ async def test_content_with_two_names_answers_under_the_requested_name(cluster: 
         assert cluster.administration.unpin(reference).id == reference.id
     generation = await cluster.service.generate(request(1, 1, "a"))
     assert generation.adapter_name == "a"
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
 
 
 async def test_unloading_a_name_frees_that_name_and_the_last_name_frees_the_content(cluster: Cluster):
@@ -237,7 +237,7 @@ async def test_unloading_a_name_frees_that_name_and_the_last_name_frees_the_cont
         await cluster.administration.unload(A, wait=False)
     with pytest.raises(AdapterInUseError):
         await cluster.administration.unload(C, wait=False)
-    cluster.service.close(running)
+    cluster.service.requests.close(running)
     await cluster.administration.unload(C, wait=True)
     assert not cluster.holders("same")
 
@@ -249,7 +249,7 @@ async def test_a_name_that_sequences_requested_is_in_use_even_if_the_content_has
         await cluster.administration.unload(A, wait=False)
     unloading = asyncio.create_task(cluster.administration.unload(A, wait=True))
     await asyncio.sleep(0)
-    cluster.service.close(running)
+    cluster.service.requests.close(running)
     await unloading
     statuses = await listed(cluster)
     assert (statuses["a"].state, statuses["c"].state) == (AVAILABLE, LOADED)
@@ -306,7 +306,7 @@ async def test_two_names_of_one_content_are_counted_each_by_itself(cluster: Clus
         assert status.requests == status.running_sequences + status.waiting_sequences == count
         assert residence.running_sequences + residence.waiting_sequences == count
     for generation in running:
-        cluster.service.close(generation)
+        cluster.service.requests.close(generation)
 
 
 @pytest.mark.parametrize(("asked", "meant"), [("poets", "poet"), ("Poet", "poet"), ("org/poet", "poet"), ("xyz", None)])

@@ -47,7 +47,7 @@ async def test_each_call_of_an_administrator_is_logged_in_one_line(cluster: Clus
     await service.adapters.unload(A, key=key)
     generation = await service.generate(request(1, 100), key)
     service.cancel_request(generation.request_id, key)
-    service.close(generation)
+    service.requests.close(generation)
     found = lines(caplog)
     assert [line["action"] for line in found] == ["load", "pin", "unpin", "unload", "cancel"]
     assert {line["tenant"] for line in found} == {"operators"} and {line["outcome"] for line in found} == {"done"}

@@ -38,8 +38,8 @@ async def test_a_request_is_refused_if_those_before_it_have_waited_for_longer_th
         await setup.service.generate(Request(prompt=(1,)), "busy"),
     ]
     for generation in (waiting, *generations):
-        setup.service.close(generation)
-    assert setup.service.idle
+        setup.service.requests.close(generation)
+    assert setup.service.requests.idle
 
 
 async def test_a_sequence_that_waits_to_continue_says_nothing_about_the_wait() -> None:
@@ -48,7 +48,7 @@ async def test_a_sequence_that_waits_to_continue_says_nothing_about_the_wait() -
     preempted.queued -= 60
     preempted.started = preempted.queued
     for generation in (preempted, await setup.service.generate(within(30))):
-        setup.service.close(generation)
+        setup.service.requests.close(generation)
 
 
 async def test_a_deadline_that_passes_in_the_queue_costs_nothing() -> None:
@@ -62,7 +62,7 @@ async def test_a_deadline_that_passes_in_the_queue_costs_nothing() -> None:
             await stub.Generate(request, timeout=0.5, metadata=(("authorization", "Bearer busy"),))
         assert isinstance(from_rpc_error(refusal.value), DeadlineError)
         async with asyncio.timeout(60):
-            while not setup.service.idle:
+            while not setup.service.requests.idle:
                 await asyncio.sleep(0.01)
     assert setup.replica.scheduler.num_waiting == 0
     tenant = setup.service.keys.tenant("busy")
@@ -77,10 +77,10 @@ async def test_the_tokens_of_an_answer_count_while_it_is_written_and_once() -> N
     tenant, before = setup.service.keys.tenant("busy"), 0
     generation = await setup.service.generate(Request(prompt=(1,), max_new_tokens=100), "busy")
     async for _ in generation.deltas():
-        setup.service._running.spend()
+        setup.service.requests._running.spend()
         (left,) = tenant.remaining(time.monotonic())
         assert left.count <= 1000 - 1 - before
         before = generation.num_generated
-    setup.service.close(generation)
+    setup.service.requests.close(generation)
     assert tenant.take_spent() == 101
     engine.cancel()

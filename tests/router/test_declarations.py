@@ -61,7 +61,7 @@ async def test_a_registered_adapter_is_the_newest_version_with_its_content_writt
     assert (version.origin, version.digest) == (B, DIGESTS["b"])
     generation = await cluster.service.generate(request(1, 1, "sql"))
     await generation.collect()
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
     assert (generation.adapter_version, generation.adapter_digest) == ("sql@2", DIGESTS["b"])
 
 
@@ -153,7 +153,7 @@ async def test_what_is_removed_is_unknown_and_running_sequences_end_as_they_woul
     await adapters.remove("sql@1", 2)
     (delta,) = await running.collect()
     assert len(delta.samples) == 150
-    cluster.service.close(running)
+    cluster.service.requests.close(running)
     with pytest.raises(AdapterNotFoundError, match="no 'sql@9'; its versions: 2"):
         await adapters.remove("sql@9", None)
     with pytest.raises(AdapterConflictError, match="has version 2 now, but should have version 1: somebody else"):

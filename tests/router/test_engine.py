@@ -125,7 +125,7 @@ class Setup:
         try:
             return [sample.token async for _, delta in generation.deltas() for sample in delta.samples]
         finally:
-            self.service.close(generation)
+            self.service.requests.close(generation)
 
 
 @pytest.fixture
@@ -309,17 +309,17 @@ async def test_a_slow_reader_gets_missed_tokens_as_one_delta(setup: Setup):
     while generation.outputs[0].finish_reason is None:
         await asyncio.sleep(0)
     deltas: list[Delta] = [delta async for _, delta in generation.deltas()]
-    setup.service.close(generation)
+    setup.service.requests.close(generation)
     assert len(deltas) == 1 and len(deltas[0].samples) == 30
     assert deltas[0].finish_reason is FinishReason.LENGTH
 
 
 async def test_an_abandoned_generation_counts_as_cancelled(setup: Setup):
     generation: Generation = await setup.service.generate(Request(prompt=(1,), max_new_tokens=150))
-    setup.service.close(generation)
+    setup.service.requests.close(generation)
     labels = {"outcome": "cancelled", "adapter": "base"}
     assert setup.telemetry.registry.get_sample_value("loraplex_requests_total", labels) == 1
-    assert setup.service.idle
+    assert setup.service.requests.idle
 
 
 async def test_a_full_queue_has_room_for_a_tenant_that_waits_for_less_than_its_share():
@@ -333,8 +333,8 @@ async def test_a_full_queue_has_room_for_a_tenant_that_waits_for_less_than_its_s
         with pytest.raises(OverloadedError, match=r"full .6 sequences are waiting"):
             await setup.service.generate(Request(prompt=(1,)), name)
     for generation in running:
-        setup.service.close(generation)
-    assert setup.service.idle
+        setup.service.requests.close(generation)
+    assert setup.service.requests.idle
 
 
 async def test_a_background_plan_is_alone_in_flight_and_begins_when_nothing_else_does(
@@ -366,5 +366,5 @@ async def test_background_requests_leave_half_of_the_queue_to_others():
     running += [await setup.service.generate(Request(prompt=(1,))) for _ in range(2)]
     assert [generation.outputs[0].sequence.background for generation in running] == [True, True, False, False]
     for generation in running:
-        setup.service.close(generation)
-    assert setup.service.idle
+        setup.service.requests.close(generation)
+    assert setup.service.requests.idle

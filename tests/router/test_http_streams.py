@@ -89,7 +89,7 @@ async def setup() -> AsyncIterator[Setup]:
     made = Setup(max_queue=4)
     task = asyncio.create_task(made.engine.run())
     yield made
-    assert made.service.idle
+    assert made.service.requests.idle
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
@@ -110,7 +110,7 @@ async def test_closing_a_stream_ends_its_sequence(setup: Setup, path: str):
     await until(lambda: len(client.messages) > 3)
     client.leave()
     await running
-    assert setup.service.idle and "".join(client.bodies).count("data: ") < 40
+    assert setup.service.requests.idle and "".join(client.bodies).count("data: ") < 40
 
 
 @pytest.mark.parametrize("path", WHOLE)
@@ -172,7 +172,7 @@ async def test_the_service_tier_flex_is_background_work(setup: Setup):
     clients = [Client(setup, "/v1/completions", {**body, "service_tier": tier}) for tier in ("flex", "auto")]
     running = [asyncio.create_task(client.run()) for client in clients]
     await until(lambda: sum(adapter.waiting for adapter in setup.pool) == 2)
-    generations = list(setup.service._running)
+    generations = list(setup.service.requests._running)
     queued = {output.sequence.background for generation in generations for output in generation.outputs}
     assert queued == {True, False}
     setup.shards.loads_held.set()
@@ -200,7 +200,7 @@ async def test_a_failure_of_a_whole_answer_is_a_500(setup: Setup, path: str):
 
 @pytest.mark.parametrize("path", STREAMS)
 async def test_a_draining_server_answers_503(setup: Setup, path: str):
-    setup.service.draining = True
+    setup.service.requests.draining = True
     client = Client(setup, path, STREAMS[path])
     await client.run()
     assert client.status == 503
@@ -210,7 +210,7 @@ async def test_a_prompt_that_cannot_be_admitted_ends_the_requests_other_prompts(
     body = {**WHOLE["/v1/completions"], "prompt": ["A"] * 5}
     client = Client(setup, "/v1/completions", body)
     await client.run()
-    assert client.status == 429 and setup.service.idle
+    assert client.status == 429 and setup.service.requests.idle
 
 
 async def test_a_request_that_is_cancelled_by_name_ends_with_an_error(setup: Setup):
@@ -218,7 +218,7 @@ async def test_a_request_that_is_cancelled_by_name_ends_with_an_error(setup: Set
     client = Client(setup, "/generate", {"inputs": "A", "parameters": {"adapter_id": "a"}})
     running = asyncio.create_task(client.run())
     await until(lambda: not setup.engine.idle)
-    await setup.service.hand_over()
+    await setup.service.requests.hand_over()
     await running
     setup.shards.loads_held.set()
     assert client.status == 499 and json.loads(client.bodies[0])["error_type"] == "cancelled"

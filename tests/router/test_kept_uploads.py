@@ -50,7 +50,7 @@ async def served(cluster: Cluster, adapter: str, **options: object) -> tuple[str
     """The version and the digest that answer."""
     generation = await cluster.service.generate(request(1, 1, adapter, **options))
     await generation.collect()
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
     return generation.adapter_version, generation.adapter_digest
 
 
@@ -164,7 +164,7 @@ async def test_running_sequences_of_a_version_that_another_router_replaced_survi
     there.lose(there.replica)
     (delta,) = await running.collect()
     assert len(delta.samples) == 100
-    there.service.close(running)
+    there.service.requests.close(running)
 
 
 async def test_uploads_take_no_more_of_the_disk_than_they_may(

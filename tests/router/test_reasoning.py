@@ -127,7 +127,7 @@ async def generation(template: str, *special: str, **fields: object) -> AsyncIte
     body = ChatCompletionRequest(messages=[{"role": "user", "content": "A"}], **fields)
     found = await service.generate(read_chat(body, ("base",), Sampling(), ""))
     yield found
-    service.close(found)
+    service.requests.close(found)
     await renderer.aclose()
 
 

@@ -196,7 +196,7 @@ def test_a_file_of_comments_is_an_empty_registry(tmp_path: Path) -> None:
 async def test_answers_say_which_version_they_came_from(cluster: Cluster):
     generation = await cluster.service.generate(request(1, 3, "stable"), ADMIN_KEY)
     await generation.collect()
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
     assert (generation.adapter_version, generation.adapter_digest) == ("sql@1", "digest of a")
     assert generation.reference.asked == "stable"
 
@@ -205,7 +205,7 @@ async def test_permissions_are_for_names_whatever_the_version(cluster: Cluster):
     for name in ("sql", "sql@1", "canary"):
         generation = await cluster.service.generate(request(1, 1, name), OLD_KEY)
         await generation.collect()
-        cluster.service.close(generation)
+        cluster.service.requests.close(generation)
     for name in ("a", "a@7", "a@8", "stable"):
         with pytest.raises(ForbiddenError):
             await cluster.service.generate(request(1, 1, name), OLD_KEY)
@@ -216,10 +216,10 @@ async def test_all_that_one_call_asks_for_gets_the_same_version(cluster: Cluster
     asked = request(1, 1, "nested", n=8, session="one")
     generation = await cluster.service.generate(asked, ADMIN_KEY)
     await generation.collect()
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
     again = await cluster.service.generate(asked, ADMIN_KEY)
     await again.collect()
-    cluster.service.close(again)
+    cluster.service.requests.close(again)
     assert again.adapter_version == generation.adapter_version
 
 
@@ -265,7 +265,7 @@ async def test_running_sequences_keep_a_version_that_leaves_the_registry(cluster
         await cluster.service.generate(request(1, 1, "sql@1"), ADMIN_KEY)
     (delta,) = await running.collect()
     assert len(delta.samples) == 150
-    cluster.service.close(running)
+    cluster.service.requests.close(running)
     async with asyncio.timeout(5):
         while cluster.holders("digest of a"):
             await asyncio.sleep(0)
@@ -304,7 +304,7 @@ async def test_a_request_of_several_adapters_names_them_as_asked(cluster: Cluste
     assert [generation.adapter_version for generation in generations] == ["sql@1", ""]
     for generation in generations:
         await generation.collect()
-        cluster.service.close(generation)
+        cluster.service.requests.close(generation)
 
 
 async def test_a_pin_moves_with_the_alias_that_was_pinned_and_stays_with_a_version(cluster: Cluster):

@@ -91,7 +91,7 @@ async def test_the_base_models_requests_go_to_the_less_busy_replica(cluster: Clu
     running = [g.scheduler.num_running + g.scheduler.num_waiting for g in (cluster.replica, second)]
     assert running == [5, 5]
     for generation in generations:
-        cluster.service.close(generation)
+        cluster.service.requests.close(generation)
 
 
 async def test_requests_of_a_lost_replica_continue_in_another_without_losing_tokens(cluster: Cluster):
@@ -104,8 +104,8 @@ async def test_requests_of_a_lost_replica_continue_in_another_without_losing_tok
         (delta,) = await generation.collect()
         step = 1 + bool(i % 2)  # both replicas load the adapter into slot 1
         assert [sample.token for sample in delta.samples] == [i + step * k for k in range(1, 101)]
-        cluster.service.close(generation)
-    assert cluster.service.idle and list(cluster.replicas) != [cluster.replica]
+        cluster.service.requests.close(generation)
+    assert cluster.service.requests.idle and list(cluster.replicas) != [cluster.replica]
 
 
 async def test_requests_of_the_only_replica_and_new_ones_wait_for_a_replacement(cluster: Cluster):
@@ -120,7 +120,7 @@ async def test_requests_of_the_only_replica_and_new_ones_wait_for_a_replacement(
     (delta,) = await generation.collect()
     assert [sample.token for sample in delta.samples] == list(range(1, 51))
     assert await meanwhile == [2, 3, 4, 5, 6]
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
 
 
 async def test_new_requests_do_not_wait_longer_than_those_of_the_lost_replica(cluster: Cluster):
@@ -136,8 +136,8 @@ async def test_a_lost_replicas_requests_fail_if_no_replacement_is_ready_in_time(
     cluster.lose(cluster.replica)
     with pytest.raises(UnavailableError, match="no replacement became ready in time"):
         await generation.collect()
-    cluster.service.close(generation)
-    assert cluster.service.idle
+    cluster.service.requests.close(generation)
+    assert cluster.service.requests.idle
     labels = {"outcome": "unavailable", "adapter": "base"}
     assert cluster.telemetry.registry.get_sample_value("loraplex_requests_total", labels) == 1
 
@@ -146,12 +146,12 @@ async def test_a_request_can_be_cancelled_while_it_has_no_replica(cluster: Clust
     generation = await cluster.service.generate(request(0, 100, request_id="mine"))
     cluster.lose(cluster.replica)
     await cluster.tasks[cluster.replica]
-    assert not cluster.service.idle
+    assert not cluster.service.requests.idle
     cluster.service.cancel_request("mine")
-    assert cluster.service.idle
+    assert cluster.service.requests.idle
     (delta,) = await generation.collect()
     assert delta.finish_reason is FinishReason.CANCELLED
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
 
 
 async def test_a_request_does_not_continue_with_an_adapter_that_has_changed(cluster: Cluster):
@@ -161,7 +161,7 @@ async def test_a_request_does_not_continue_with_an_adapter_that_has_changed(clus
     cluster.lose(cluster.replica)
     with pytest.raises(UnavailableError, match="content"):
         await generation.collect()
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
 
 
 async def test_a_stopping_replica_finishes_running_requests_and_hands_over_waiting_ones(cluster: Cluster):
@@ -180,7 +180,7 @@ async def test_a_stopping_replica_finishes_running_requests_and_hands_over_waiti
         assert len(delta.samples) == 100
     assert cluster.replica.engine.idle
     for generation in (*started, waiting):
-        cluster.service.close(generation)
+        cluster.service.requests.close(generation)
 
 
 async def test_a_silent_replica_gets_no_requests_hands_over_waiting_ones_and_continues_when_it_answers(
@@ -203,7 +203,7 @@ async def test_a_silent_replica_gets_no_requests_hands_over_waiting_ones_and_con
     for generation in started:
         await generation.collect()
     for generation in (*started, waiting):
-        cluster.service.close(generation)
+        cluster.service.requests.close(generation)
 
 
 async def test_the_only_replica_keeps_its_requests_while_it_is_silent(cluster: Cluster):
@@ -215,7 +215,7 @@ async def test_the_only_replica_keeps_its_requests_while_it_is_silent(cluster: C
     assert not meanwhile.done()
     cluster.replicas.set_silent("0", False)
     assert await meanwhile == [2, 3, 4, 5, 6]
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
 
 
 async def test_the_last_replica_keeps_waiting_requests_when_it_stops(cluster: Cluster):
@@ -223,7 +223,7 @@ async def test_the_last_replica_keeps_waiting_requests_when_it_stops(cluster: Cl
     cluster.replicas.drain(cluster.replica)
     for generation in generations:
         assert len((await generation.collect())[0].samples) == 30
-        cluster.service.close(generation)
+        cluster.service.requests.close(generation)
 
 
 async def test_a_failure_of_the_routers_own_loop_does_not_spread_to_other_replicas(cluster: Cluster):
@@ -232,7 +232,7 @@ async def test_a_failure_of_the_routers_own_loop_does_not_spread_to_other_replic
     cluster.replica.shards.step_error = ZeroDivisionError()
     with pytest.raises(UnavailableError, match="its log has the details"):
         await generation.collect()
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
 
 
 async def test_a_placement_is_counted_and_keeps_its_adapter_until_it_is_closed(cluster: Cluster) -> None:

@@ -48,14 +48,14 @@ async def test_a_text_with_a_token_that_the_model_lacks_is_refused_by_name(
         await service.generate(Request(prompt))
     assert [violation.field for violation in refused.value.violations] == [field]
     with pytest.raises(InvalidRequestError, match=r"inputs: .*PAD|chat\.messages: .*PAD"):
-        await service.embed(EmbedRequest((prompt,)))
-    assert service.idle
+        await service.pooling.embed(EmbedRequest((prompt,)))
+    assert service.requests.idle
 
 
 async def test_truncated_tokens_are_not_checked(service: Service):
     generation = await service.generate(Request("[PAD] Hi", truncate=2))
     assert generation.outputs[0].sequence.tokens == await service.tokenizer.encode("Hi")
-    service.close(generation)
+    service.requests.close(generation)
 
 
 @pytest.mark.parametrize("token", [-1, 1000, 2**32, 2**64])

@@ -52,7 +52,7 @@ async def router(store: Store, tenants: Mapping[str, TenantSettings] | None = No
     made = Setup(model=replace(MODEL, chat_templates=templates, renderer=renderer), tenants=tenants, journal=journal)
     tasks = [asyncio.create_task(made.engine.run()), asyncio.create_task(journal.run())]
     yield made
-    assert made.service.idle and not made.service.num_running
+    assert made.service.requests.idle and not made.service.requests.num_running
     await journal.flush()
     assert not journal._entries
     for task in tasks:
@@ -190,7 +190,7 @@ async def test_a_client_whose_connection_was_lost_ends_its_former_request():
         former.reads.clear()  # the server does not know yet
         sent = events(former)
         resumed = asyncio.create_task(ask(only, PATH, LONG, sent[-1][0], **key))
-        await until(lambda: all(generation.finished for generation in only.service._running))
+        await until(lambda: all(generation.finished for generation in only.service.requests._running))
         former.reads.set()
         rest = events(await resumed)
         await running
@@ -205,8 +205,8 @@ async def test_a_router_that_stops_hands_its_streams_over():
         client = Client(first, PATH, LONG)
         running = asyncio.create_task(client.run())
         await until(lambda: len(client.messages) > 3)
-        first.service.draining = True
-        await first.service.hand_over()
+        first.service.requests.draining = True
+        await first.service.requests.hand_over()
         await running
         *sent, (_, error) = events(client)
         assert "another router continues" in error and "unavailable" in error
@@ -222,7 +222,7 @@ async def test_a_store_that_fails_costs_streams_nothing_but_their_ids():
             client = await ask(only, PATH, BODY)
             assert len(client.events) == 20 and "id: " not in "".join(client.bodies)
         store.failing = False
-        await only.service._journal.flush()
+        await only.service.requests._journal.flush()
         assert all(id for id, _ in events(await ask(only, PATH, BODY)))
 
 

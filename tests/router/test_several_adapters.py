@@ -33,7 +33,7 @@ async def answers(setup: Setup, request: Request, key: str | None = None) -> dic
     async for index, delta in read_each(generations, Generation.deltas):
         found.setdefault(index, []).extend(sample.token for sample in delta.samples)
     for generation in generations:
-        setup.service.close(generation)
+        setup.service.requests.close(generation)
     return found
 
 
@@ -42,7 +42,7 @@ async def test_each_adapter_answers_n_times_in_the_order_of_the_request(setup: S
     slots = {name: setup.pool.get(f"digest of {name}").slot for name in "ab"}
     steps = [slots["b"] + 1, slots["b"] + 1, 1, 1, slots["a"] + 1, slots["a"] + 1]
     assert found == {index: [1 + step, 1 + 2 * step, 1 + 3 * step] for index, step in enumerate(steps)}
-    assert setup.service.idle
+    assert setup.service.requests.idle
 
 
 async def test_more_adapters_than_slots_take_turns(setup: Setup):  # noqa: F811
@@ -77,7 +77,7 @@ async def test_an_adapter_that_cannot_be_served_is_named_before_any_answers(setu
     with pytest.raises(AdapterInvalidError, match=r"adapter 'c': adapter_model\.safetensors is cut short"):
         await setup.service.generate_each(asking(A, None, C))
     assert not any(entry.startswith("plan") for entry in setup.shards.log)
-    assert setup.service.idle and not any(adapter.leases or adapter.requests for adapter in setup.pool)
+    assert setup.service.requests.idle and not any(adapter.leases or adapter.requests for adapter in setup.pool)
 
 
 async def test_several_adapters_are_one_request_of_a_key_and_each_must_be_allowed():
@@ -91,13 +91,13 @@ async def test_several_adapters_are_one_request_of_a_key_and_each_must_be_allowe
     with pytest.raises(RateLimitedError, match="1 requests at once"):
         await setup.service.generate_each(asking(A), "k")
     for generation in first:
-        setup.service.close(generation)
+        setup.service.requests.close(generation)
     for _ in range(2):  # what never ran costs nothing
         for generation in await setup.service.generate_each(asking(A, B, prompt=(1,) * 60), "k"):
-            setup.service.close(generation)
+            setup.service.requests.close(generation)
     for generation in await setup.service.generate_each(asking(A, B, prompt=(1,) * 60), "k"):
         generation.started = generation.queued
-        setup.service.close(generation)
+        setup.service.requests.close(generation)
     with pytest.raises(RateLimitedError, match="100 tokens a minute"):
         await setup.service.generate_each(asking(A), "k")
 
@@ -118,9 +118,9 @@ async def test_several_adapters_run_on_one_replica_and_are_cancelled_together():
     assert holder.scheduler.num_waiting == 3
     with pytest.raises(InvalidRequestError, match="already running"):
         await setup.service.generate_each(asking(A, request_id="all"))
-    setup.service.close(generations.pop())
+    setup.service.requests.close(generations.pop())
     setup.service.cancel_request("all")
     assert [o.finish_reason for g in generations for o in g.outputs] == [FinishReason.CANCELLED] * 2
     for generation in generations:
-        setup.service.close(generation)
-    assert setup.service.idle
+        setup.service.requests.close(generation)
+    assert setup.service.requests.idle

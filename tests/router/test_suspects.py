@@ -78,7 +78,7 @@ class Cluster(Setup):
         except LoraplexError as error:
             return error
         finally:
-            self.service.close(generation)
+            self.service.requests.close(generation)
 
 
 @asynccontextmanager

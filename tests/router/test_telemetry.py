@@ -69,7 +69,7 @@ async def guarded() -> AsyncIterator[Setup]:
                 request = Request(prompt=(1,), adapter=adapter and AdapterReference(adapter), max_new_tokens=2)
                 generation = await made.service.generate(request, "acme")
                 await generation.collect()
-                made.service.close(generation)
+                made.service.requests.close(generation)
         yield made
         running.cancel()
 
@@ -92,9 +92,9 @@ async def test_tenants_see_their_own_usage_and_administrators_see_everybodys(gua
     request = Request(prompt=(1, 2, 3), max_new_tokens=4)
     generation = await guarded.service.generate(request, "operator")
     await generation.collect()
-    guarded.service.close(generation)
+    guarded.service.requests.close(generation)
     left = await guarded.service.generate(request, "acme")
-    guarded.service.close(left)  # before it ran
+    guarded.service.requests.close(left)  # before it ran
     of_acme = [("acme", adapter, Used(2, 2, 0, 4)) for adapter in ("acme/other", "acme/secret", "base")]
     assert (await guarded.service.usage("acme"))[1] == of_acme
     assert (await guarded.service.usage("operator"))[1] == [*of_acme, ("operator", "base", Used(1, 3, 0, 4))]
@@ -222,7 +222,7 @@ async def test_a_refused_request_is_also_logged(setup: Setup, caplog: pytest.Log
 async def test_prompts_and_answers_are_logged_if_enabled(setup: Setup, caplog: pytest.LogCaptureFixture):
     generation = await setup.service.generate(Request(prompt=(40, 50), max_new_tokens=2))
     await generation.collect()
-    setup.service.close(generation)
+    setup.service.requests.close(generation)
     caplog.set_level(logging.INFO)
     RequestLog(prompts=True).ended(generation, "finished", time.monotonic())
     fields = caplog.records[-1].__dict__["fields"]

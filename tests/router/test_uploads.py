@@ -68,7 +68,7 @@ async def test_an_upload_is_on_every_replica_and_answers_at_once(cluster: Cluste
     assert cluster.replica.shards.log.count("upload") == second.shards.log.count("upload") == 1
     generation = await cluster.service.generate(request(1, 3, "policy"))
     await generation.collect()
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
     assert generation.adapter_version == f"policy@{version}"
 
 
@@ -87,14 +87,14 @@ async def test_a_newer_version_answers_new_requests_and_running_ones_keep_theirs
     assert second > first
     latest = await cluster.service.generate(request(1, 1, "policy"))
     await latest.collect()
-    cluster.service.close(latest)
+    cluster.service.requests.close(latest)
     assert latest.adapter_version == f"policy@{second}"
     with pytest.raises(AdapterNotFoundError, match=f"its versions: {second}"):
         await cluster.service.generate(request(1, 1, f"policy@{first}"))
     (delta,) = await running.collect()
     assert len(delta.samples) == 150
     assert running.adapter_digest != latest.adapter_digest
-    cluster.service.close(running)
+    cluster.service.requests.close(running)
     await settled(cluster, 1)
 
 
@@ -121,7 +121,7 @@ async def test_running_sequences_of_a_replaced_version_survive_their_replica(clu
     cluster.lose(cluster.replica)
     (delta,) = await running.collect()
     assert len(delta.samples) == 100
-    cluster.service.close(running)
+    cluster.service.requests.close(running)
 
 
 async def test_nothing_is_left_of_a_thousand_swaps(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
@@ -133,7 +133,7 @@ async def test_nothing_is_left_of_a_thousand_swaps(cluster: Cluster, monkeypatch
         if number % 100 == 0:
             await cluster.answer(1, tokens=2, adapter="policy")
     await running.collect()
-    cluster.service.close(running)
+    cluster.service.requests.close(running)
     await settled(cluster, 1)
     gc.collect()
     assert len(list(cluster.resolutions)) == 1
@@ -209,7 +209,7 @@ async def test_a_name_that_the_file_declares_later_is_the_files(cluster: Cluster
         cluster.administration.retire(version)
     generation = await cluster.service.generate(request(1, 1, "policy"))
     await generation.collect()
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
     assert generation.adapter_version == "policy@1"
 
 
@@ -248,7 +248,7 @@ async def test_a_removed_name_is_unknown_and_its_sequences_end_as_they_would(clu
         await cluster.service.adapters.remove("policy", None)
     (delta,) = await running.collect()
     assert len(delta.samples) == 100
-    cluster.service.close(running)
+    cluster.service.requests.close(running)
 
 
 async def test_to_merge_an_upload_it_is_sent_again(cluster: Cluster):
@@ -256,7 +256,7 @@ async def test_to_merge_an_upload_it_is_sent_again(cluster: Cluster):
     merged = MergedReference((AdapterReference("policy"), AdapterReference("a")))
     generation = await cluster.service.generate(Request((1,), adapter=merged, max_new_tokens=1))
     await generation.collect()
-    cluster.service.close(generation)
+    cluster.service.requests.close(generation)
     digest = sha256(b"one").hexdigest()
     place = cluster.shards.log.index(f"merge {digest},digest of a")
     assert cluster.shards.log[place + 1] == f"sent adapter_model.safetensors of {digest}"

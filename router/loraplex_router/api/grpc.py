@@ -73,13 +73,13 @@ class GenerationApi(GenerationServiceServicer):
                 return await in_turn(size, lambda: writer.response(deltas))
             finally:
                 for generation in generations:
-                    self._service.close(generation)
+                    self._service.requests.close(generation)
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         async with _answering(context):
-            stream = self._service.stream("resume_token", request.resume_token)
+            stream = self._service.requests.stream("resume_token", request.resume_token)
             generations = await self._service.generate_each(_read(request, context), _key(context), stream=stream)
             try:
                 writer = self._writer(request, generations)
@@ -94,7 +94,7 @@ class GenerationApi(GenerationServiceServicer):
                         yield event
             finally:
                 for generation in generations:
-                    self._service.close(generation)
+                    self._service.requests.close(generation)
 
     def _writer(self, request: pb.GenerateRequest, generations: Sequence[Generation]) -> Writer:
         return Writer(generations, self._service.tokenizer_of, lambda output: create_reader(request, output.thoughts))
@@ -108,14 +108,14 @@ class GenerationApi(GenerationServiceServicer):
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         async with _answering(context):
-            embeddings = await self._service.embed(read_embed_request(request), _key(context))
+            embeddings = await self._service.pooling.embed(read_embed_request(request), _key(context))
             return await in_turn(sum(len(e.values) for e in embeddings), lambda: write_embeddings(embeddings))
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
         async with _answering(context):
             asked = read_classify_request(request)
-            found = await self._service.classify(asked, _key(context))
-            places = [await self._service.places(*each) for each in zip(asked.inputs, found, strict=True)]
+            found = await self._service.pooling.classify(asked, _key(context))
+            places = [await self._service.pooling.places(*each) for each in zip(asked.inputs, found, strict=True)]
             size = sum(len(each.logits) for each in found)
             return await in_turn(size, lambda: write_classifications(found, places, request.raw_logits))
 

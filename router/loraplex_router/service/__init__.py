@@ -1,2 +1,2 @@
-"""The operations behind all faces: a request is checked and submitted (`service.py`) after it was placed and made into
-sequences (`preparation.py`, `prompts.py`)."""
+"""The operations behind all faces (`service.py`): a request is checked, placed and made into sequences
+(`preparation.py`, `prompts.py`), and started, until it ends (`requests.py`)."""

@@ -57,7 +57,7 @@ async def score(service: Service, request: ScoreRequest, key: str | None = None)
     if classifier.of_tokens or len(classifier.labels) != 1:
         what = "classifies tokens" if classifier.of_tokens else f"has {len(classifier.labels)} labels"
         raise InvalidRequestError(FieldViolation("model", f"{what}: only a classifier with one label scores pairs"))
-    found = await service.classify(
+    found = await service.pooling.classify(
         ClassifyRequest(
             request.pairs(classifier),
             request.adapter,
@@ -96,7 +96,7 @@ async def _compare(service: Service, request: ScoreRequest, key: str | None) -> 
         request.request_id,
         request.background,
     )
-    found = await service.embed(asked, key)
+    found = await service.pooling.embed(asked, key)
     vectors = [each.values for each in found]
     count = len(request.queries)
     queries = vectors[:count] * (len(request.documents) if count == 1 else 1)

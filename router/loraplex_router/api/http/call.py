@@ -39,7 +39,7 @@ class RouteCall:
     def stream(self, streams: bool | None) -> Stream | None:
         """What an answer is generated with that streams, or not. Raises InvalidRequestError if it cannot be resumed."""
         if streams:
-            return self.service.stream(LAST_EVENT_ID, self.last_event_id)
+            return self.service.requests.stream(LAST_EVENT_ID, self.last_event_id)
         if self.last_event_id:
             reason = "is of a stream: send the request with `stream: true`"
             raise InvalidRequestError(FieldViolation(LAST_EVENT_ID, reason))
@@ -54,7 +54,7 @@ def key_of(headers: Headers) -> str | None:
 async def _read_call(http: Request) -> RouteCall:
     service: Service = http.app.state.service
     request_id = http.headers.get("x-request-id", "")
-    usable = REQUEST_ID.fullmatch(request_id) is not None and not service.is_running(request_id)
+    usable = REQUEST_ID.fullmatch(request_id) is not None and not service.requests.is_running(request_id)
     key = key_of(http.headers)
     session = http.headers.get("x-session-id") or secrets.token_hex(8)
     last_event_id = http.headers.get(LAST_EVENT_ID, "")

@@ -28,13 +28,13 @@ async def while_connected(service: Service, generations: Sequence[Generation], r
     finally:
         watch.cancel()
         for generation in generations:
-            service.close(generation)
+            service.requests.close(generation)
 
 
 async def _cancel_when_disconnected(service: Service, generations: Sequence[Generation], receive: Receive) -> None:
     await _disconnected(receive)
     for generation in generations:
-        service.cancel(generation)
+        service.requests.cancel(generation)
 
 
 async def read(generation: Generation) -> AsyncIterator[tuple[int, Delta]]:

@@ -178,8 +178,10 @@ async def _classify_lorax(
         warnings=unknown_fields(body, given),
         request_id=call.request_id,
     )
-    found = await finish_before_disconnect(call.service.classify(call.complete(request), call.key), call.receive)
-    places = [await call.service.places(text, each) for text, each in zip(texts, found, strict=True)]
+    found = await finish_before_disconnect(
+        call.service.pooling.classify(call.complete(request), call.key), call.receive
+    )
+    places = [await call.service.pooling.places(text, each) for text, each in zip(texts, found, strict=True)]
     size = sum(len(each.logits) for each in found)
     return await in_turn(size, lambda: list(map(_write_lorax, texts, found, places))), answer_headers(
         found, call.request_id
@@ -225,7 +227,9 @@ async def _classify_vllm(body: VllmClassify | VllmClassifyChat, call: Call) -> R
         warnings=unknown_fields(body),
         request_id=call.request_id,
     )
-    found = await finish_before_disconnect(call.service.classify(call.complete(request), call.key), call.receive)
+    found = await finish_before_disconnect(
+        call.service.pooling.classify(call.complete(request), call.key), call.receive
+    )
     if found[0].classifier.of_tokens:
         reason = "is for classifiers of whole texts, but this one classifies tokens: send LoRAX's `inputs`"
         raise InvalidRequestError(FieldViolation("input", reason))

@@ -37,7 +37,7 @@ async def get_info(call: Call) -> Response:
             model_id=info.model_id,
             model_dtype=info.dtype,
             model_pipeline_tag=_pipeline_tag(info),
-            max_concurrent_requests=call.service.max_queue,
+            max_concurrent_requests=call.service.requests.max_queue,
             max_best_of=MAX_N,
             max_stop_sequences=MAX_STOPS,
             max_input_length=info.max_model_len - 1,
@@ -67,7 +67,7 @@ async def health(call: Call) -> Response:
 async def startup(call: Call) -> Response:
     """200 once a token has been generated for this call, or embedded by an embedding model."""
     if call.service.info.embeds_only:
-        await call.service.embed(EmbedRequest(((0,),)), call.key)
+        await call.service.pooling.embed(EmbedRequest(((0,),)), call.key)
         return Response()
     generation = await call.service.generate(InternalRequest(prompt=(0,), max_new_tokens=1), call.key)
     await collect(call.service, [generation], call.receive)
@@ -97,7 +97,7 @@ async def show_version(http: Request) -> dict[str, str]:
 async def load(call: Call) -> dict[str, int]:
     """How many requests are waiting or running, as vLLM reports it."""
     call.service.keys.tenant(call.key)
-    return {"server_load": call.service.num_running}
+    return {"server_load": call.service.requests.num_running}
 
 
 @router.get("/usage", tags=["Operation"], responses={200: {"model": schema.Usage}, **only(LORAX_ERRORS, 401, 422, 503)})

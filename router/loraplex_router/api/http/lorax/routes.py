@@ -50,7 +50,9 @@ async def lorax_embed(body: schema.EmbedRequest, call: Call) -> Response:
     given = body.parameters or schema.Parameters()
     adapter, ignored = read_adapter(given, adapter_token(call)), unknown_fields(body, given)
     request = EmbedRequest((body.inputs,), adapter, given.truncate, warnings=ignored, request_id=call.request_id)
-    (found,) = await finish_before_disconnect(call.service.embed(call.complete(request), call.key), call.receive)
+    (found,) = await finish_before_disconnect(
+        call.service.pooling.embed(call.complete(request), call.key), call.receive
+    )
     return JSONResponse({"embeddings": found.values.tolist()}, headers=answer_headers([found], call.request_id))
 
 

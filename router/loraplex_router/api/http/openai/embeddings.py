@@ -74,7 +74,7 @@ async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
     adapter = read_model_name(body.model, names)
     inputs, ignored = tuple(read_prompts(body.input)), unknown_fields(body)
     request = EmbedRequest(inputs, adapter, body.truncate_prompt_tokens, warnings=ignored, request_id=call.request_id)
-    found = await finish_before_disconnect(call.service.embed(call.complete(request), call.key), call.receive)
+    found = await finish_before_disconnect(call.service.pooling.embed(call.complete(request), call.key), call.receive)
     if body.dimensions is not None:
         found = [replace(embedding, values=_beginning(embedding.values, body.dimensions)) for embedding in found]
     in_base64, tokens = body.encoding_format == "base64", sum(embedding.prompt_tokens for embedding in found)

@@ -1,0 +1,104 @@
+"""Texts that are embedded or classified: requests whose sequences are pooled."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from loraplex_protos.errors import RequestCancelledError
+from loraplex_router.access.keys import Keys
+from loraplex_router.engine.output import Classification, Embedding, Generation
+from loraplex_router.service.requests import Requests
+from loraplex_router.telemetry.telemetry import Telemetry
+from loraplex_router.text.model import Model
+from loraplex_router.text.tokenizer import TokenSpan
+from loraplex_router.vocabulary.checks import check_embed_request
+from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest, Prompt
+from loraplex_router.vocabulary.sequence import FinishReason
+from loraplex_router.vocabulary.volume import Volume
+
+FEW_INPUTS = 32  # to embed before other tasks get a turn
+
+
+class Pooling:
+    """All methods raise LoraplexError. `model` returns the served model, or raises UnavailableError."""
+
+    def __init__(self, keys: Keys, requests: Requests, telemetry: Telemetry, model: Callable[[], Model]) -> None:
+        self._keys = keys
+        self._requests = requests
+        self._telemetry = telemetry
+        self._model = model
+
+    async def embed(self, request: EmbedRequest, key: str | None = None) -> list[Embedding]:
+        """One embedding per input. They count as one request for a key's limits."""
+        found = []
+        for generation in await self._pool(request, key):
+            (output,) = generation.outputs
+            found.append(
+                Embedding(
+                    output.pooled,
+                    output.sequence.prompt_length,
+                    generation.warnings,
+                    generation.adapter_digest,
+                    generation.adapter_version,
+                )
+            )
+        return found
+
+    async def classify(self, request: ClassifyRequest, key: str | None = None) -> list[Classification]:
+        """What the adapter's classifier, or else the model's, makes of each input. Raises InvalidRequestError if there
+        is none. They count as one request for a key's limits."""
+        found = []
+        for generation in await self._pool(request, key):
+            (output,) = generation.outputs
+            classifier = output.sequence.adapter.classifier or self._model().classifier
+            assert classifier is not None
+            found.append(
+                Classification(
+                    classifier,
+                    output.pooled,
+                    output.sequence.tokens,
+                    generation.warnings,
+                    generation.adapter_digest,
+                    generation.adapter_version,
+                )
+            )
+        return found
+
+    async def places(self, prompt: Prompt, found: Classification) -> list[TokenSpan]:
+        """The input's tokens. If it is a text, each with its place in it; of others, nothing but their ids is known."""
+        if found.classifier.of_tokens and isinstance(prompt, str):
+            return list(await self._model().tokenizer.spans(prompt))[-len(found.tokens) :]
+        return [TokenSpan(token, "", 0, 0) for token in found.tokens]
+
+    async def _pool(self, request: EmbedRequest, key: str | None) -> list[Generation]:
+        """Generations whose only sequence is pooled."""
+        arrived = time.monotonic()
+        with self._telemetry.admission(request, arrived):
+            tenant = self._keys.tenant(key)
+            info = self._model().info
+            check_embed_request(request, info.vocab_size, info.adapter_sources)
+            adapter = self._requests.resolve(request.adapter, tenant, request.session)
+            request = replace(request, adapter=adapter)
+            visit = await self._requests.visit(tenant, arrived, [request])
+        started, volume = list[Generation](), Volume()
+        try:
+            for part in request.parts():
+                with self._telemetry.admission(part, arrived):
+                    started += await self._requests.start([part], visit, arrived, volume)
+                if len(started) % FEW_INPUTS == 0:
+                    await asyncio.sleep(0)
+            for generation in started:
+                await _finish_pooling(generation)
+            return started
+        finally:
+            for generation in started:
+                self._requests.close(generation)
+            self._requests.end_visit(visit)
+
+
+async def _finish_pooling(generation: Generation) -> None:
+    await generation.collect()
+    (output,) = generation.outputs
+    if output.finish_reason is FinishReason.CANCELLED:
+        raise RequestCancelledError("the request was cancelled")

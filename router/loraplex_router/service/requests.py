@@ -1,0 +1,208 @@
+"""Requests that run: they are admitted, started or continued from the journal, and end."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from itertools import zip_longest
+
+from loraplex_protos.errors import FieldViolation, InvalidRequestError, RequestNotFoundError, UnavailableError, quote
+from loraplex_router.access.shared_limits import SharedLimits
+from loraplex_router.access.tenant import Tenant, Visit
+from loraplex_router.adapters.registry import Registry
+from loraplex_router.engine.output import Generation
+from loraplex_router.journal.journal import Journal
+from loraplex_router.journal.records import Saved
+from loraplex_router.journal.stream import Stream
+from loraplex_router.replicas.replicas import Replicas
+from loraplex_router.service.admission import Admission, check_deadline
+from loraplex_router.service.preparation import Arrival, Preparation
+from loraplex_router.service.running import RunningRequests
+from loraplex_router.telemetry.telemetry import Telemetry
+from loraplex_router.vocabulary.position import Position
+from loraplex_router.vocabulary.references import Reference, asked_as, ids_of, replace_ids
+from loraplex_router.vocabulary.request import EmbedRequest, Request
+from loraplex_router.vocabulary.volume import Volume
+
+FORMER_SECONDS = 5.0  # how long a request that is resumed may take to end
+SPEND_SECONDS = 1.0
+HANDED_OVER = "the server is shutting down: resume the stream, which another router continues"
+
+
+class Requests:
+    """`max_queue` is how many sequences may wait. All methods raise LoraplexError."""
+
+    def __init__(
+        self,
+        replicas: Replicas,
+        registry: Registry,
+        preparation: Preparation,
+        max_queue: int,
+        telemetry: Telemetry,
+        journal: Journal | None,
+        limits: SharedLimits | None,
+    ) -> None:
+        self.draining = False
+        self._replicas = replicas
+        self._registry = registry
+        self._preparation = preparation
+        self._admission = Admission(replicas, max_queue)
+        self._telemetry = telemetry
+        self._journal = journal
+        self._limits = limits
+        self._running = RunningRequests()
+
+    @property
+    def max_queue(self) -> int:
+        return self._admission.max_queue
+
+    @property
+    def idle(self) -> bool:
+        return self._admission.idle and self._replicas.idle
+
+    def stream(self, field: str, begun: str = "") -> Stream | None:
+        """What a streamed answer is generated with, if streams can be resumed here. `begun`: the id of the last event
+        that the client has of a stream that it wants the rest of, from the request's `field`.
+
+        Raises InvalidRequestError if it is not one, or if no stream can be resumed here."""
+        if self._journal is None:
+            if begun:
+                raise InvalidRequestError(FieldViolation(field, "this server does not keep streams: see --store"))
+            return None
+        try:
+            return Stream(self._journal, field, Position.read(begun) if begun else None)
+        except ValueError:
+            raise InvalidRequestError(FieldViolation(field, "is not the id of one of this server's events")) from None
+
+    async def visit(self, tenant: Tenant, arrived: float, parts: Iterable[Request | EmbedRequest]) -> Visit:
+        """What one call takes of the tenant's limits, until `end_visit`. Raises RateLimitedError."""
+        names = frozenset(id for part in parts for id in ids_of(part.adapter))
+        if self._limits is None:
+            return tenant.begin(arrived, names)
+        return await self._limits.begin(tenant, arrived, names)
+
+    def end_visit(self, visit: Visit) -> None:
+        """The call has started all that it will start."""
+        visit.end_part()
+        if self._limits is not None:
+            self._limits.wake()
+
+    async def start(
+        self,
+        parts: Sequence[Request],
+        visit: Visit,
+        arrived: float,
+        volume: Volume,
+        saved: Sequence[Saved] = (),
+    ) -> list[Generation]:
+        """Queues the parts of a request together, once all of them can be. They continue what was saved of each."""
+        if self.draining:
+            raise UnavailableError("the server is shutting down")
+        tenant, total = visit.tenant, sum(part.n for part in parts)
+        with self._admission.preparing(total, tenant, parts[0].background):
+            request_id = self._running.reserve(parts[0].request_id)
+            try:
+                with ExitStack() as held:
+                    arrival = Arrival(request_id, tenant, arrived, volume, held, names_adapters=len(parts) > 1)
+                    placed = [
+                        await self._preparation.prepare(part, arrival, each) for part, each in zip_longest(parts, saved)
+                    ]
+                    for part, (generation, lease) in zip(parts, placed, strict=True):
+                        check_deadline(part, lease.replica.engine.waited(generation))
+                    visit.spend(sum(generation.num_prompt for generation, _ in placed), time.monotonic())
+                    for generation, lease in placed:
+                        self._telemetry.queued(generation)
+                        if generation.finished:  # it was resumed behind its end
+                            self._telemetry.ended(generation)
+                        else:
+                            lease.submit(generation)
+            except BaseException:
+                self._running.forget(request_id)
+                raise
+        generations = [generation for generation, _ in placed]
+        self._running.begin(request_id, visit, generations)
+        return generations
+
+    def close(self, generation: Generation) -> None:
+        """The reader is done, or gone: ends unfinished sequences."""
+        self.cancel(generation)
+        self._running.end(generation)
+        if self._limits is not None:
+            self._limits.wake()
+        self._replicas.changes.notify()
+        if self._journal is not None:
+            self._journal.end(generation)
+
+    async def spend(self) -> None:
+        """Counts the tokens of running answers for their keys' limits, from time to time. Runs until cancelled."""
+        while True:
+            await asyncio.sleep(SPEND_SECONDS)
+            self._running.spend()
+
+    @property
+    def num_running(self) -> int:
+        """The number of requests that have begun and not ended."""
+        return len(self._running)
+
+    def is_running(self, request_id: str) -> bool:
+        """Whether a request with this id, or the first of several, has begun and not ended."""
+        return request_id in self._running or f"{request_id}-0" in self._running
+
+    def cancel_request(self, request_id: str, tenant: Tenant) -> None:
+        """Ends a request; its reader sees it finish as cancelled.
+
+        Raises RequestNotFoundError if the tenant (an administrator: anyone) has no such running request.
+        """
+        running = self._running.get(request_id)
+        if running is None or not (tenant.admin or running.tenant is tenant):
+            raise RequestNotFoundError(f"no request {quote(request_id)} is running")
+        for generation in running.generations:
+            self.cancel(generation)
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends the unfinished sequences of a generation whose client is gone. Its reader sees it finish as cancelled,
+        and must still close it."""
+        self._replicas.cancel(generation)
+
+    async def hand_over(self) -> None:
+        """Ends all generations: those that another router can continue with an error that says so, the others as
+        cancelled."""
+        if self._journal is not None and self._journal.shared:
+            await self._journal.flush()
+            for generation in self._running:
+                if await self._journal.keep_up(generation):
+                    self._replicas.fail(generation, UnavailableError(HANDED_OVER))
+        for generation in self._running:
+            self.cancel(generation)
+
+    def resumed(self, part: Request, tenant: Tenant, saved: Saved) -> Request:
+        """The part with what its names and its seed stood for when it began."""
+        tenant.check_adapter(self._registry.named(part.adapter))
+        adapter = self._registry.resolve(replace_ids(part.adapter, saved.record.adapters), "")
+        sampling = part.sampling.model_copy(update={"seed": saved.record.seed})
+        request_id = saved.record.request_id
+        if request_id in self._running:  # the former request cannot end: it waits for its client to read
+            request_id = ""
+        return replace(part, request_id=request_id, adapter=asked_as(adapter, part.adapter), sampling=sampling)
+
+    async def end_former(self, request_id: str, tenant: Tenant) -> None:
+        """Ends the request that is resumed, if it runs here: its client has lost the connection."""
+        former = self._running.get(request_id)
+        if former is not None and former.tenant is tenant:
+            for generation in former.generations:
+                self.cancel(generation)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FORMER_SECONDS):
+                    await self._replicas.changes.until(lambda: request_id not in self._running)
+
+    def resolve(self, adapter: Reference | None, tenant: Tenant, session: str) -> Reference | None:
+        """What the registry says that the name stands for. `session`: equal ones get the same of several versions;
+        empty: any. Raises ForbiddenError if the tenant may not use the name."""
+        tenant.check_adapter(self._registry.named(adapter))
+        return self._registry.resolve(adapter, session or new_session())
+
+
+def new_session() -> str:
+    return secrets.token_hex(8)
