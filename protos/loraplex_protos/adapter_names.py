@@ -34,7 +34,9 @@ def is_name(name: str) -> bool:
 
 def why_not(name: str) -> str:
     """What is wrong with a name that is not valid, and the rule."""
-    parts = name.split("/")
+    parts, size = name.split("/"), _size(name)
+    if size > MAX_BYTES:  # before each character is looked at
+        return f"it has {size} bytes: {RULE}"
     character = next((c for c in name if c in FORBIDDEN or not c.isprintable()), None)
     if character is not None:
         wrong = f"it has {character!r}" if character.isprintable() else f"it has the character U+{ord(character):04X}"
@@ -47,7 +49,7 @@ def why_not(name: str) -> str:
     elif len(parts) > MAX_PARTS:
         wrong = f"it has {len(parts)} parts"
     else:
-        wrong = f"it has {_size(name)} bytes, or a part more than {MAX_PART_BYTES}"
+        wrong = f"a part has more than {MAX_PART_BYTES} bytes"
     return f"{wrong}: {RULE}"
 
 

@@ -26,6 +26,7 @@ from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.api.http.app import create_app
 from loraplex_router.api.http.connection import Connection
+from loraplex_router.api.http.face import build_routes
 from loraplex_router.api.http.inner_calls import InnerCalls
 from loraplex_router.api.tls import Tls
 from loraplex_router.batches.folder import BatchFolder
@@ -120,6 +121,7 @@ class Router:
         credentials = self._tls.grpc_credentials() if self._tls else None
         self._grpc = GrpcServer(GenerationApi(self._service), max_body, telemetry.interceptors, credentials)
         self._app = create_app(self._service, settings.cors_origins.split(), max_body, settings.host)
+        build_routes(self._app)
         self._batches = (
             BatchRunner(self._service.batches, InnerCalls(self._app, keys).post, max_body, settings.max_queue)
             if self._service.batches

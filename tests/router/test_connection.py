@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from loraplex_router.api.http import connection
 from loraplex_router.api.http.body_limit import MOST_BODIES, BodyLimit
-from loraplex_router.api.http.connection import MAX_HEADERS, Connection
+from loraplex_router.api.http.connection import MAX_HEADERS, MAX_PIPELINED, TOO_MANY, Connection
 
 LIMIT = 1000
 ENDLESS = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -123,3 +123,11 @@ async def test_bodies_that_are_too_large_together_are_refused():
     release.set()
     await asyncio.gather(*running)
     await limited(scope, receive_of(1), None)
+
+
+async def test_many_requests_before_an_answer_are_refused(port: int):
+    one = post(b"x").replace(b"connection: close\r\n", b"")
+    answer = await send(port, one * (MAX_PIPELINED - 1) + post(b"xx"))
+    assert answer.count(b"HTTP/1.1 200 OK") == MAX_PIPELINED and answer.endswith(b"2")
+    answer = await send(port, one * (MAX_PIPELINED + 10))
+    assert b"HTTP/1.1 400" in answer and TOO_MANY.encode() in answer

@@ -36,7 +36,8 @@ from loraplex_router.engine.queues import Queues
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.sequence import Chunk, Payer, Plan, Sequence
 
-MAX_STARTED = 2_000_000  # tokens, with prefixes, of sequences that start in one plan: what fits into one message
+# Numbers sent with the sequences that start in one plan: writing and reading more takes longer than a step.
+MAX_STARTED = 2**16
 BACKGROUND_STEP = 4  # a background step has at most one part in so many of the tokens of others
 
 
@@ -199,8 +200,8 @@ class Scheduler:
         may_start = self._yield_place()
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
-        firsts: list[Sequence] = []  # whose first token comes with the plan
-        budget, started_tokens = self._limits.max_batch_tokens, 0
+        firsts: dict[Payer, Sequence] = {}  # whose first token comes with the plan, one of each payer
+        budget, started = self._limits.max_batch_tokens, 0
         running = [sequence for sequence in self._running if not sequence.suspect] if self._suspects else self._running
         foreground = not self._num_background or not background or self._has_foreground(may_start)
         if not foreground:
@@ -217,7 +218,7 @@ class Scheduler:
                 budget -= self._extend(sequence, remaining, budget, chunks)
         prefills.sort(key=lambda item: self._served(item[0]), reverse=True)
         while budget:
-            head = self._next_to_start() if may_start and started_tokens < MAX_STARTED else None
+            head = self._next_to_start() if may_start and started < MAX_STARTED else None
             if (
                 head is None
                 or (head.background and foreground)
@@ -228,7 +229,7 @@ class Scheduler:
             if head and not (prefills and self._served(prefills[-1][0]) <= self._served(head)):
                 self._start(head)
                 starts.append(head)
-                started_tokens += len(head.tokens)
+                started += head.start_size
                 sequence, remaining = head, head.remaining
             elif prefills:
                 sequence, remaining = prefills.pop()
@@ -238,13 +239,13 @@ class Scheduler:
                 break
             budget -= self._extend(sequence, remaining, budget, chunks)
             if not sequence.output_length and sequence.computed == len(sequence.tokens):
-                firsts.append(sequence)
+                firsts[sequence.payer] = sequence
         return self._plan(starts, chunks) if chunks else None
 
-    def _makes_way(self, sequence: Sequence, firsts: list[Sequence]) -> bool:
+    def _makes_way(self, sequence: Sequence, firsts: dict[Payer, Sequence]) -> bool:
         """Whether its prompt has to wait for the next step, so that the first tokens of others, who have much less,
         come sooner."""
-        return any(self._shares.has_much_more(sequence, first) for first in firsts)
+        return any(self._shares.has_much_more(sequence, first) for first in firsts.values())
 
     def _has_foreground(self, may_start: bool) -> bool:
         """Whether the next plan is not for background sequences."""

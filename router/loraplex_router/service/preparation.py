@@ -13,7 +13,7 @@ from loraplex_router.engine.output import Generation
 from loraplex_router.journal.records import Saved
 from loraplex_router.replicas.replicas import Lease, Replicas
 from loraplex_router.service.abilities import check_adapter_fits
-from loraplex_router.service.prompts import Text, encode, make_sequence
+from loraplex_router.service.prompts import Text, encode, make_sequences
 from loraplex_router.text.detokenizer import Decoder
 from loraplex_router.text.model import Model
 from loraplex_router.text.stops import StopMatcher
@@ -110,17 +110,14 @@ class Preparation:
         generation = Generation(
             arrival.request_id, request.adapter, adapter, arrival.arrived, validated, tenant.name, nonce
         )
-        acts_from = adapter.acts_from(prompt)
         generation.warnings = request.warnings + lease.warnings
-        if acts_from == NEVER:
+        bad_words = await tokenizer.spellings(request.bad_words)
+        sequences = make_sequences(request, self._arrivals, prompt, room, text, adapter, tenant, model, bad_words)
+        self._arrivals += len(sequences)
+        if sequences[0].acts_from == NEVER:
             generation.warnings += (_not_invoked(adapter, generation.adapter_name, model),)
-        bad_words = [tokens for word in request.bad_words for tokens in await tokenizer.spellings(word)]
         decoder = _decoder(request, tokenizer, thoughts)
-        for index in range(request.n):
-            self._arrivals += 1
-            sequence = make_sequence(
-                request, index, self._arrivals, prompt, room, text, adapter, acts_from, tenant, model, bad_words
-            )
+        for sequence in sequences:
             stops = StopMatcher(request.stop, request.include_stop)
             generation.add(sequence, decoder, stops, request.stop_token_ids, thoughts)
         if saved is not None:

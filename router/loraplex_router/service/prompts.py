@@ -30,45 +30,47 @@ async def encode(request: Request, text: Text, model: Model, tokenizer: Tokenize
     return await tokenizer.encode(text, most, kept)
 
 
-def make_sequence(
+def make_sequences(
     request: Request,
-    index: int,
-    number: int,
+    arrivals: int,
     prompt: list[int],
     room: int,
     text: Text,
     adapter: Adapter,
-    acts_from: int,
     tenant: Tenant,
     model: Model,
     bad_words: list[list[int]],
-) -> Sequence:
-    """Answer `index` to a request. `number` is the order of arrival, `room` the maximum number of tokens, `acts_from`
-    the adapter's first position in the prompt."""
+) -> list[Sequence]:
+    """The answers to a request, after `arrivals` other sequences. `room` is the maximum number of tokens."""
     ends = _ends(adapter, text, model)
     ignored = request.ignore_eos and request.grammar is None
-    return Sequence(
-        number=number,
-        prompt_length=len(prompt),
-        tokens=list(prompt),
-        adapter=adapter,
-        max_new_tokens=room,
-        acts_from=acts_from,
-        sampling=_sampling(request, adapter, model).resolve(index),
-        detail=request.detail,
-        end_token_ids=frozenset(request.stop_token_ids) | (frozenset() if ignored else ends),
-        min_new_tokens=request.min_new_tokens,
-        grammar=request.grammar,
-        allowed_token_ids=frozenset(request.allowed_token_ids or ()),
-        bad_words=tuple(map(tuple, bad_words)),
-        tenant=tenant.name,
-        weight=tenant.weight,
-        kv_share=tenant.kv_share,
-        background=request.background,
-        cache_salt=request.cache_salt,
-        # After a complete match of a grammar, only an end token can follow, so it is postponed, not ignored.
-        unwanted_token_ids=ends if request.ignore_eos and request.grammar is not None else frozenset(),
-    )
+    sampling, acts_from = _sampling(request, adapter, model), adapter.acts_from(prompt)
+    allowed, bad = frozenset(request.allowed_token_ids or ()), tuple(map(tuple, bad_words))
+    return [
+        Sequence(
+            number=arrivals + 1 + index,
+            prompt_length=len(prompt),
+            tokens=list(prompt),
+            adapter=adapter,
+            max_new_tokens=room,
+            acts_from=acts_from,
+            sampling=sampling.resolve(index),
+            detail=request.detail,
+            end_token_ids=frozenset(request.stop_token_ids) | (frozenset() if ignored else ends),
+            min_new_tokens=request.min_new_tokens,
+            grammar=request.grammar,
+            allowed_token_ids=allowed,
+            bad_words=bad,
+            tenant=tenant.name,
+            weight=tenant.weight,
+            kv_share=tenant.kv_share,
+            background=request.background,
+            cache_salt=request.cache_salt,
+            # After a complete match of a grammar, only an end token can follow, so it is postponed, not ignored.
+            unwanted_token_ids=ends if request.ignore_eos and request.grammar is not None else frozenset(),
+        )
+        for index in range(request.n)
+    ]
 
 
 def _sampling(request: Request, adapter: Adapter, model: Model) -> Sampling:

@@ -18,7 +18,7 @@ from loraplex_router.vocabulary.chat import ChatTemplates, RenderedChat
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.thoughts import Thoughts
 
-KEPT_TOKENIZERS = 32  # of adapters with tokens of their own
+KEPT_TOKENIZERS = 32  # the model's, and those of adapters with tokens of their own
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Model:
 
     def tokenizer_of(self, adapter: Adapter) -> Tokenizer:
         """The adapter's own tokenizer, or else the model's."""
-        return _own_tokenizer(adapter.tokenizer.json) if adapter.tokenizer.json else self.tokenizer
+        return _read_tokenizer(adapter.tokenizer.json) if adapter.tokenizer.json else self.tokenizer
 
     async def read_tokenizer(self, adapter: Adapter) -> Tokenizer:
         """The same, for its first use: a large tokenizer takes part of a second to read."""
@@ -115,7 +115,7 @@ def read_model(
             step_bytes=info.memory.steps,
             classifier=info.classifier if info.HasField("classifier") else None,
         ),
-        Tokenizer(files.tokenizer_json),
+        _read_tokenizer(files.tokenizer_json),
         sha256(files.SerializeToString(deterministic=True)).hexdigest(),
         tuple(info.end_token_ids),
         templates,
@@ -126,7 +126,8 @@ def read_model(
     )
 
 
-_own_tokenizer = lru_cache(maxsize=KEPT_TOKENIZERS)(Tokenizer)
+# Reading one holds the interpreter's lock for part of a second: another replica of the same model has the same one.
+_read_tokenizer = lru_cache(maxsize=KEPT_TOKENIZERS)(Tokenizer)
 
 
 def _read_defaults(told: generation_pb2.Sampling) -> Sampling:

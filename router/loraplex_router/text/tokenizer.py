@@ -101,12 +101,19 @@ class Tokenizer:
             query, document = query[:kept_of_query], document[:kept_of_document]
         return [*before, *query, *between, *document, *behind]
 
-    async def spellings(self, word: str) -> list[list[int]]:
-        """A word's tokens where it begins a text and, if these are as many, where a space is before it: as vLLM has
-        bad words."""
-        plain, spaced = [await self.encode(RenderedChat(space + word.lstrip())) for space in ("", " ")]
-        differs = spaced[:1] != plain[:1] and len(spaced) == len(plain)
-        return [tokens for tokens in ((plain, spaced) if differs else (plain,)) if tokens]
+    async def spellings(self, words: Sequence[str]) -> list[list[int]]:
+        """The words' tokens: of each where it begins a text and, if these are as many, where a space is before it, as
+        vLLM has bad words. Tokenized on a thread, without the interpreter's lock."""
+        if not words:
+            return []
+        texts = [space + word.lstrip() for word in words for space in ("", " ")]
+        encode = partial(self._tokenizer.encode_batch, texts, add_special_tokens=False)
+        encoded = await asyncio.get_running_loop().run_in_executor(_THREADS, encode)
+        found = list[list[int]]()
+        for plain, spaced in zip(encoded[::2], encoded[1::2], strict=True):
+            differs = spaced.ids[:1] != plain.ids[:1] and len(spaced.ids) == len(plain.ids)
+            found += [tokens for tokens in ((plain.ids, spaced.ids) if differs else (plain.ids,)) if tokens]
+        return found
 
     async def beginning(self, text: str, most: int) -> str:
         """The text up to the end of its first `most` tokens."""

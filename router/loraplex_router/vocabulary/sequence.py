@@ -8,6 +8,8 @@ from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.sampling import Sampling
 
+WORD_SIZE = 8  # how many numbers take as long to send and read as a list of none
+
 
 @dataclass(frozen=True, slots=True)
 class Detail:
@@ -104,6 +106,13 @@ class Sequence:
     @property
     def payer(self) -> Payer:
         return Payer(self.tenant, self.background)
+
+    @property
+    def start_size(self) -> int:
+        """How many numbers the shards are sent when it starts in a row."""
+        biased = self.sampling.logit_bias or ()
+        bad_words = sum(WORD_SIZE + len(word) for word in self.bad_words)
+        return len(self.tokens) + len(self.allowed_token_ids) + len(biased) + bad_words
 
     @property
     def suspect(self) -> bool:

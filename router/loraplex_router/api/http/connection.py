@@ -1,5 +1,5 @@
-"""Uvicorn's HTTP connection, with limits that it lacks: on the time and size of a request's headers, and on the rest of
-a body after its request was answered."""
+"""Uvicorn's HTTP connection, with limits that it lacks: on the time and size of a request's headers, on the rest of a
+body after its request was answered, and on requests that are sent before the last one is answered."""
 
 import asyncio
 
@@ -9,6 +9,8 @@ HEADER_SECONDS = 20.0  # from a connection's or a request's first byte to the en
 MAX_HEADERS = 2**16  # bytes, the URL included
 REST_SECONDS = 60.0  # for the rest of a body that nobody reads
 MAX_REST = 2**26  # bytes of it
+MAX_PIPELINED = 32  # requests; each is read as soon as it arrives, thousands within one part of the stream
+TOO_MANY = f"more than {MAX_PIPELINED} requests were sent before the first was answered"
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -40,6 +42,8 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError(TOO_MANY)  # which the parser only reports as an invalid request
         super().on_message_begin()
         self._in_headers = True
         self._headers = self._rest = 0
@@ -58,6 +62,9 @@ class Connection(HttpToolsProtocol):
         if self.cycle.more_body:
             self._wait(REST_SECONDS)
         super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(TOO_MANY if len(self.pipeline) >= MAX_PIPELINED else msg)
 
     def _wait(self, seconds: float) -> None:
         self._stop_waiting()

@@ -64,6 +64,7 @@ def _structured(given: StructuredOutputs, prefix: str) -> Iterator[Grammar]:
 def _forced_call(body: ChatCompletionRequest) -> Grammar | None:
     if not must_call(body):
         return None
+    names = callable_tools(body)
     tools = [
         DeclaredTool(
             tool.function.name,
@@ -72,6 +73,6 @@ def _forced_call(body: ChatCompletionRequest) -> Grammar | None:
             bool(tool.function.strict),
         )
         for place, tool in enumerate(body.tools or ())
-        if tool.function.name in callable_tools(body)
+        if tool.function.name in names
     ]
     return forced_calls(tools, forced_tool(body), body.parallel_tool_calls is not False)

@@ -4,6 +4,8 @@ is neither part of its text nor of its logprobs."""
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import orjson
+
 from loraplex_router.engine.output import Delta, SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.sequence import Alternatives, FinishReason, Sample
@@ -32,12 +34,22 @@ class TokenNames:
 
 
 def chat_logprobs(delta: Delta, names: TokenNames) -> dict[str, Any]:
+    """Each token's entry is already JSON: hundreds of thousands of objects that live together would be walked through
+    by each garbage collection, which stops all streams."""
+
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
         return {"token": names.name(token), "logprob": _clamp(logprob), "bytes": list(names.bytes(token))}
 
     return {
         "content": [
-            {**entry(sample.token, sample.logprob), "top_logprobs": [entry(*pair) for pair in sample.alternatives]}
+            orjson.Fragment(
+                orjson.dumps(
+                    {
+                        **entry(sample.token, sample.logprob),
+                        "top_logprobs": [entry(*pair) for pair in sample.alternatives],
+                    }
+                )
+            )
             for sample, _ in _with_text(delta)
         ],
         "refusal": None,

@@ -1,0 +1,104 @@
+"""One request's work on the event loop, and in one step, is bounded. Work is counted here, not timed."""
+
+import gc
+import threading
+from types import SimpleNamespace
+
+import fastapi.routing
+import pytest
+
+from loraplex_protos import generation_pb2, shard_pb2
+from loraplex_protos.adapter_names import why_not
+from loraplex_router.api.http.face import build_routes
+from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs
+from loraplex_router.engine import fairness
+from loraplex_router.engine.output import Delta
+from loraplex_router.text.model import read_model
+from loraplex_router.vocabulary.sampling import Sampling
+from loraplex_router.vocabulary.sequence import WORD_SIZE, Sample
+from tests.router.test_engine import Setup
+from tests.router.test_http_streams import Client
+from tests.router.test_scheduler import World
+from tests.router.tiny_tokenizers import byte_tokenizer
+
+
+async def test_no_request_waits_for_routes_to_be_built(monkeypatch: pytest.MonkeyPatch):
+    built, build = [], fastapi.routing.get_dependant
+    monkeypatch.setattr(fastapi.routing, "get_dependant", lambda **of: built.append(of["path"]) or build(**of))
+    setup = Setup()
+    build_routes(setup.app)
+    assert "/v1/chat/completions" in built
+    built.clear()
+    client = Client(setup, "/nowhere")
+    await client.run()
+    assert client.status == 404 and not built
+
+
+def test_a_long_adapter_name_is_refused_before_its_characters_are_looked_at():
+    assert why_not("*" * 1000).startswith("it has 1000 bytes: ")
+    assert why_not("*" * 100).startswith("it has '*': ")
+    assert why_not("a" * 300).startswith("a part has more than 255 bytes: ")
+
+
+async def test_bad_words_are_tokenized_together_on_a_thread():
+    tokenizer, calls = byte_tokenizer(), list[tuple[int, threading.Thread]]()
+    inner = tokenizer._tokenizer
+
+    def encode_batch(texts: list[str], **options: bool) -> object:
+        calls.append((len(texts), threading.current_thread()))
+        return inner.encode_batch(texts, **options)
+
+    tokenizer._tokenizer = SimpleNamespace(encode_batch=encode_batch)
+    found = await tokenizer.spellings(["ab"] * 1000)
+    assert found == [inner.encode("ab").ids] * 1000  # one of bytes has a space's byte more, so it is no spelling
+    ((texts, thread),) = calls
+    assert texts == 2000 and thread is not threading.main_thread()
+
+
+@pytest.mark.parametrize(
+    "large",
+    [
+        {"allowed_token_ids": frozenset(range(90))},
+        {"bad_words": ((1,),) * (90 // WORD_SIZE)},
+        {"sampling": Sampling(logit_bias=dict.fromkeys(range(90), 1.0))},
+        {"tokens": [1] * 90, "prompt_length": 90},
+    ],
+    ids=lambda large: next(iter(large)),
+)
+def test_what_starts_in_one_step_is_bounded(large: dict[str, object], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("loraplex_router.engine.scheduler.MAX_STARTED", 150)
+    world = World(budget=1000)
+    for _ in range(5):
+        sequence = world.submit("", [1], 1)
+        for name, value in large.items():
+            setattr(sequence, name, value)
+    plans = [world.scheduler.schedule() for _ in range(3)]
+    assert [len(plan.starts) for plan in plans if plan] == [2, 2, 1]
+
+
+def test_a_prompt_is_compared_with_each_tenant_once(monkeypatch: pytest.MonkeyPatch):
+    compared = []
+    much_more = fairness._much_more
+    monkeypatch.setattr(fairness, "_much_more", lambda *shares: compared.append(shares) or much_more(*shares))
+    world = World(blocks=500, budget=500, rows=200)
+    for number in range(200):
+        world.submit("", [1], 1, tenant="ab"[number % 2])
+    plan = world.scheduler.schedule()
+    assert plan and len(plan.starts) == 200
+    assert len(compared) <= 2 * 201
+
+
+def test_logprobs_leave_nothing_for_the_garbage_collector_to_walk_through():
+    alternatives = tuple((token, -1.0) for token in range(20))
+    delta = Delta(samples=[Sample(1, -1.0, alternatives)] * 500, ends=list(range(500)))
+    names = TokenNames(byte_tokenizer(), as_ids=False)
+    before = len(gc.get_objects())
+    written = chat_logprobs(delta, names)
+    assert len(written["content"]) == 500
+    assert len(gc.get_objects()) - before < 100
+
+
+def test_replicas_of_a_model_share_its_tokenizer():
+    files = shard_pb2.GetTokenizerResponse(tokenizer_json=byte_tokenizer("<x>")._tokenizer.to_str().encode())
+    info = shard_pb2.GetInfoResponse(sampling_defaults=generation_pb2.Sampling())
+    assert read_model(info, files, 1).tokenizer is read_model(info, files, 1).tokenizer
