@@ -1,8 +1,11 @@
 """Adapters from S3, Google Cloud Storage and Azure: requests, consistency and errors."""
 
+import hashlib
+import random
 import socket
 import ssl
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +27,7 @@ from loraplex_shard.lora.sources.files import CONFIG, PICKLE, TENSORS
 from loraplex_shard.lora.sources.hub import HubSource
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.sources.object_store import ObjectStoreSource
+from loraplex_shard.lora.sources.parts import has_tag, is_of_parts
 from loraplex_shard.lora.sources.protocol import Source
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
 from loraplex_shard.serving.server import open_sources
@@ -241,6 +245,38 @@ def test_what_google_has_composed_of_parts_is_compared_by_its_crc32c(
         gcs.damaged = 100
         with pytest.raises(AdapterSourceError, match=f"{CONFIG} of 'other' arrived damaged: its CRC32C is .*, but"):
             stage(gcs, "other")
+
+
+@pytest.mark.parametrize("size", [5 << 20, 1000])
+def test_what_was_uploaded_in_parts_is_compared_by_its_etag_or_arrives_the_same_twice(
+    s3: StandInS3, files: dict[str, bytes], size: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(s3, "tag", lambda data: tag_of_parts(data, size))
+    s3.push("bucket/team/a/sql", files)
+    s3.damaged = 1
+    whole = source_of(s3).locate("sql", "", "").read()
+    assert (whole.config, bytes(whole.tensors)) == (files[CONFIG], files[TENSORS])
+    assert "arrived damaged: its parts have another ETag" in caplog.text
+    s3.push("bucket/team/a/other", {CONFIG: files[CONFIG], TENSORS: files[TENSORS] + b" "})
+    asked, s3.more_headers = len(s3.requests), {"x-amz-server-side-encryption": "aws:kms"}
+    monkeypatch.setattr(s3, "tag", lambda data: tag_of_parts(b"encrypted" + data, size))
+    assert bytes(source_of(s3).locate("other", "", "").read().tensors) == files[TENSORS] + b" "
+    assert sum(request.startswith("GET") for request in s3.requests[asked:]) == len(files)
+
+
+@pytest.mark.parametrize(("size", "part"), [(1, 8), (9 << 20, 8), (40 << 20, 14)])
+def test_the_etag_of_parts_is_known_for_usual_sizes_and_for_the_next_whole_mib(size: int, part: int):
+    data = random.Random(size).randbytes(size)
+    tag = tag_of_parts(data, part << 20)
+    assert is_of_parts(tag)
+    assert has_tag(BytesIO(data), size, tag)
+    assert not has_tag(BytesIO(data[:-1] + b"?"), size, tag)
+    assert not any(map(is_of_parts, (f'"{hashlib.md5(data).hexdigest()}"', '"0x8D-1"', "", '"CJ+-1"')))
+
+
+def tag_of_parts(data: bytes, size: int) -> str:
+    parts = [data[start : start + size] for start in range(0, max(len(data), 1), size)]
+    return f'"{hashlib.md5(b"".join(hashlib.md5(part).digest() for part in parts)).hexdigest()}-{len(parts)}"'
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ Credentials, region and endpoint are the server's. obstore finds them in variabl
 role. They never appear in a message.
 
 What arrives is compared with the checksum that the store says: of S3 and Google Cloud Storage, the ETag where it is an
-MD5; of Azure, Content-MD5; of what Google Cloud Storage has composed of parts, its CRC32C. obstore compares nothing.
-Files are kept on this machine's disk.
+MD5, or in S3 one of parts; of Azure, Content-MD5; of what Google Cloud Storage has composed of parts, its CRC32C.
+obstore compares nothing, and asks S3 for no x-amz-checksum: its header would have to be signed. Files are kept on this
+machine's disk.
 """
 
 import base64
@@ -41,6 +42,7 @@ from loraplex_protos.errors import (
 from loraplex_shard.lora.sources.aws_profile import read_profile
 from loraplex_shard.lora.sources.file_cache import FileCache
 from loraplex_shard.lora.sources.files import CONFIG, KNOWN, MLX_TENSORS, TENSORS, is_telling
+from loraplex_shard.lora.sources.parts import has_tag, is_of_parts
 from loraplex_shard.lora.sources.patience import BUSY, Progress, SourceBusyError
 from loraplex_shard.lora.sources.protocol import File, Origin, Source
 
@@ -95,6 +97,7 @@ class ObjectStoreSource(Source):
         self._prefix = f"{prefix.strip('/')}/".lstrip("/")
         self._cache = FileCache(cache or Path(constants.HF_HOME) / "object-stores")
         self._timeout_s = timeout_s
+        self._unlike: dict[File, str] = {}  # the MD5 of what arrived last, which does not have the parts' ETag
         wait = timedelta(seconds=timeout_s)
         client: ClientConfig = {"allow_http": True, "connect_timeout": wait, "read_timeout": wait}
         retries: RetryConfig = {"max_retries": 0}  # `patience.py` tries again
@@ -172,6 +175,8 @@ class ObjectStoreSource(Source):
         got = hashlib.file_digest(output, "md5").hexdigest()  # type: ignore[arg-type]
         if said := self._md5_of(file, got):
             return None if said == got else (f"its MD5 is {got}", said)
+        if self.name == "s3" and not self._has_tag_of_parts(file, output, got):
+            return "its parts have another ETag", file.version
         hashes = ",".join(self._headers(file.place).get_all("x-goog-hash", ())) if self.name == "gcs" else ""
         if not (match := _CRC32C.search(hashes)):
             return None
@@ -182,6 +187,20 @@ class ObjectStoreSource(Source):
         found = base64.b64encode(crc.to_bytes(4)).decode()
         return None if found == match[1] else (f"its CRC32C is {found}", match[1])
 
+    def _has_tag_of_parts(self, file: File, output: IO[bytes], got: str) -> bool:
+        """False: the file should be fetched again. Another ETag does not prove damage, since parts may have any size;
+        but damaged files hardly arrive the same twice."""
+        if not is_of_parts(file.version) or has_tag(output, file.size, file.version) or self._has_own_key(file):
+            return True
+        before, self._unlike[file] = self._unlike.get(file), got
+        return before == got
+
+    def _has_own_key(self, file: File) -> bool:
+        """Whether it is encrypted with the user's own key: then its ETag only looks like an MD5."""
+        headers = self._headers(file.place)
+        by_key = "x-amz-server-side-encryption-customer-algorithm" in headers
+        return by_key or headers.get("x-amz-server-side-encryption", "AES256") != "AES256"
+
     def _md5_of(self, file: File, got: str) -> str:
         """The MD5 of a file as the store says it, in hex; empty if it does not. `got` is what has arrived."""
         if self.name == "azure":
@@ -190,12 +209,7 @@ class ObjectStoreSource(Source):
         tag = file.version.strip('"').lower()
         if not _MD5.fullmatch(tag) or self._bucket.endswith("--x-s3"):  # of parts, or in a directory bucket
             return ""
-        if tag != got and self.name == "s3":
-            headers = self._headers(file.place)
-            by_key = "x-amz-server-side-encryption-customer-algorithm" in headers
-            if by_key or headers.get("x-amz-server-side-encryption", "AES256") != "AES256":
-                return ""  # what is encrypted with the user's own keys has an ETag that only looks like an MD5
-        return tag
+        return "" if tag != got and self.name == "s3" and self._has_own_key(file) else tag
 
     def _headers(self, place: str) -> Message:
         """The headers of an object, which obstore does not pass on. Empty if they cannot be asked for, as with
