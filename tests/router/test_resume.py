@@ -271,6 +271,22 @@ async def test_the_memory_for_streams_is_limited_in_time_and_bytes(monkeypatch: 
 
 
 @needs_redis
+async def test_a_call_to_the_redis_server_can_be_cancelled_at_any_time(tmp_path: Path):
+    with redis_server(tmp_path) as (url, _):
+        for turns in range(6):
+            server = RedisServer(url)
+            await server.run([])
+            calling = asyncio.create_task(server.run([]))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            in_time = not calling.done()
+            calling.cancel()
+            await asyncio.wait([calling])
+            assert calling.cancelled() == in_time
+            await server.aclose()
+
+
+@needs_redis
 async def test_a_redis_server_that_hangs_or_dies_is_noticed_and_found_again(tmp_path: Path):
     with redis_server(tmp_path) as (url, process):
         server = RedisServer(url)

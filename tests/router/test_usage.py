@@ -31,6 +31,7 @@ from tests.router.test_resume import ask, events
 from tests.tools import needs_redis
 
 STREAM = "/v1/completions", {**STREAMS["/v1/completions"], "max_tokens": MANY}
+WHOLE = STREAM[0], {**STREAM[1], "stream": False}
 
 
 @pytest.fixture(params=["memory", pytest.param("redis", marks=needs_redis)])
@@ -99,6 +100,13 @@ async def test_entries_whose_answer_was_lost_are_not_counted_twice(servers: list
     assert [counted.used for counted in first] == [Used(1, 10, 4, 5), Used(generated_tokens=3)]
     assert await ledger.settle(entries) == first
     assert await ledger.totals([today()]) == {("acme", "a"): Used(1, 10, 4, 8)}
+
+
+@needs_redis
+async def test_what_an_earlier_version_has_counted_is_not_counted_again(servers: list[RedisServer]):
+    former = "redis.call('SET', KEYS[1], cmsgpack.pack({entry = 'x.0', generated = 5, new = {1, 10, 4, 5}}))"
+    await servers[0].run([("EVAL", former, 1, "loraplex:account:one")])
+    assert await settle(RedisLedger(servers[0]), entry(0, 8)) == [Used(generated_tokens=3)]
 
 
 @needs_redis
@@ -186,10 +194,49 @@ async def test_what_a_dead_router_has_streamed_is_counted_by_others(tmp_path: Pa
         assert tokens["whole"] == tokens["resumed"] == MANY and received <= tokens["left"] < MANY
         (used,) = json.loads("".join((await ask(second.setup, "/usage", None)).bodies))["usage"]
         assert (used["requests"], used["prompt_tokens"], used["generated_tokens"]) == (3, 3, tokens.total())
-        assert not await second.usage.ledger.lost()
+        assert not await second.usage.ledger.lost(dict)
         for task in running:
             task.cancel()
         await second.die()
+
+
+@needs_redis
+async def test_what_a_dead_router_was_computing_without_a_stream_is_counted_by_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(redis_ledger, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr("loraplex_router.usage.usage.LIVE_SECONDS", 0.1)
+    with redis_server(tmp_path) as (url, _):
+        first, second = Router(url), Router(url)
+        await ask(first.setup, *WHOLE, x_request_id="ended")
+        await first.usage.settle()
+        reading = asyncio.create_task(ask(first.setup, *WHOLE, x_request_id="left"))
+        await until(lambda: any(each.num_generated > 5 for each in first.usage._running))
+        first.setup.shards.step_seconds = 600
+        await first.usage._find_lost()
+        await first.die()
+        await until(lambda: second.told)
+        (event,) = second.told
+        assert (event["request_id"], event["outcome"], event["prompt_tokens"]) == ("left", "lost", 1)
+        assert 0 < event["generated_tokens"] < MANY and event["finish"] == []
+        (used,) = json.loads("".join((await ask(second.setup, "/usage", None)).bodies))["usage"]
+        assert (used["requests"], used["generated_tokens"]) == (2, MANY + event["generated_tokens"])
+        assert not await second.usage.ledger.lost(dict)
+        reading.cancel()
+        await second.die()
+
+
+@needs_redis
+async def test_what_ended_after_its_router_said_that_it_runs_is_counted_and_told_once(servers: list[RedisServer]):
+    first, second = map(RedisLedger, servers[:2])
+    told, untold = (Entry(number, f"{number}", "acme", "a", Used(1, 10, 4, 7)) for number in range(2))
+    await first.lost(lambda: {entry.account: b"[]" for entry in (told, untold)})
+    _, left = await first.settle([told, untold])
+    await first.told([told])
+    lost = [replace(entry, router=servers[0].router, used=Used(1, 10, 4, 5)) for entry in (told, untold)]
+    nothing, found = await second.settle(lost)
+    assert (nothing.used, found) == (Used(), left)
+    assert await second.totals([today()]) == {("acme", "a"): Used(2, 20, 8, 14)}
 
 
 def test_usage_events_are_lines_of_a_file_that_may_be_moved_away(tmp_path: Path):

@@ -28,6 +28,16 @@ class RedisServer:
     async def run(self, commands: Sequence[Command]) -> list[Any]:
         """Runs the commands in this order, in one round trip; if there are none, only asks whether the server answers.
         Raises UnavailableError, after which the commands may have been run or not."""
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled = task.cancelling()
+        try:
+            return await self._run(commands)
+        finally:
+            if task.cancelling() > cancelled:  # of which the library sometimes makes an error, or nothing at all
+                raise asyncio.CancelledError
+
+    async def _run(self, commands: Sequence[Command]) -> list[Any]:
         try:
             async with asyncio.timeout(TIMEOUT):
                 pipeline = self._redis.pipeline(transaction=False)

@@ -102,6 +102,7 @@ class Telemetry:
 
     def started(self, generation: Generation) -> None:
         assert generation.started is not None
+        self.usage.started(generation)
         label = self._labels.find(generation.adapter_name)
         self.metrics.queue_wait.labels(label).observe(generation.started - generation.validated)
         if self.traces is not None:

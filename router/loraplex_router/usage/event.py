@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from loraplex_router.engine.output import Generation
-from loraplex_router.journal.records import Record
+
+LOST = "lost"  # with its router
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class UsageEvent:
     adapter: str
     digest: str
     version: str  # of the adapter registry
-    outcome: str  # "finished", "cancelled", "lost" (with its router), or the error's type
+    outcome: str  # "finished", "cancelled", LOST, or the error's type
     finish: tuple[str, ...] = ()  # why each answer ended
     queue_seconds: float | None = None
     first_token_seconds: float | None = None  # since its arrival
@@ -74,6 +75,12 @@ class UsageEvent:
         }
 
 
+def used_by(generation: Generation) -> Used:
+    """What a generation has used so far, with all that others had generated of it."""
+    generated = sum(output.generated for output in generation.outputs)
+    return Used(1, generation.prompt_length, generation.outputs[0].sequence.prefix_hit, generated)
+
+
 def event_of(generation: Generation, outcome: str, now: float) -> UsageEvent:
     """Of a generation that has ended now, by time.monotonic."""
     started, first = generation.started, generation.first_token
@@ -89,13 +96,6 @@ def event_of(generation: Generation, outcome: str, now: float) -> UsageEvent:
         (now if started is None else started) - generation.validated,
         None if first is None else first - generation.arrived,
         now - generation.arrived,
-    )
-
-
-def event_of_lost(record: Record) -> UsageEvent:
-    """Of a generation that has ended with its router."""
-    return UsageEvent(
-        time.time(), record.request_id, record.tenant, record.adapter, record.digest, record.version, "lost"
     )
 
 

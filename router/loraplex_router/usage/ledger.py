@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Protocol
@@ -19,7 +19,7 @@ Totals = dict[tuple[str, str], Used]  # by tenant and adapter
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entry:
-    """What a generation took that has ended, with all that other routers had generated of it."""
+    """What a generation took, with all that other routers had generated of it."""
 
     number: int
     account: str  # the same for all generations that continue one stream
@@ -32,11 +32,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A stream whose router has died."""
+    """A generation whose router has died."""
 
     router: str
-    stream: str
-    data: bytes  # what the journal has of it
+    data: bytes  # what the journal has of it; if it is not there, what its router said of it
+    stream: str = ""  # its key in the journal, if it is there
+    account: str = ""  # if it is not there
+
+
+Running = Callable[[], Mapping[str, bytes]]  # what runs here and is not in the journal, by account
 
 
 class Ledger(Protocol):
@@ -58,9 +62,9 @@ class Ledger(Protocol):
         """When it began, as a time.time. Raises UnavailableError."""
         ...
 
-    async def lost(self) -> list[Lost]:
-        """Says that this router lives. Returns the streams of those that have died, until they are settled or
-        dropped. Raises UnavailableError."""
+    async def lost(self, running: Running) -> list[Lost]:
+        """Says that this router lives, and what runs here. Returns what ran on those that have died, until it is
+        settled or dropped. Raises UnavailableError."""
         ...
 
     async def drop(self, lost: Lost) -> None:
@@ -107,7 +111,7 @@ class MemoryLedger:
     async def since(self) -> float:
         return self._since
 
-    async def lost(self) -> list[Lost]:
+    async def lost(self, running: Running) -> list[Lost]:
         return []
 
     async def drop(self, lost: Lost) -> None:

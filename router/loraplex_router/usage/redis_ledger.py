@@ -1,5 +1,5 @@
 """The ledger in a Redis server that several routers share. It also knows which routers live, and what those that have
-died were streaming."""
+died were computing."""
 
 import time
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ import orjson
 from loraplex_router.journal.redis_store import STREAM, open_streams
 from loraplex_router.store.redis_server import PREFIX, Command, RedisServer
 from loraplex_router.usage.event import Counted, Used
-from loraplex_router.usage.ledger import MOST_ADAPTERS, MOST_DAYS, OTHER, Entry, Lost, Totals, add_up, today
+from loraplex_router.usage.ledger import MOST_ADAPTERS, MOST_DAYS, OTHER, Entry, Lost, Running, Totals, add_up, today
 
 LEASE_SECONDS = 5.0  # without a sign of life, after which a router has died
 STREAM_SECONDS = 86400  # how long it is known what is counted of a stream
 ENTRY_SECONDS = 600  # the same of others: until this router knows that they are counted
+RUNNING_SECONDS = 300  # how long is known what a dead router computed: less than ENTRY_SECONDS, so it is counted once
 
 ROUTERS = f"{PREFIX}routers"
 SINCE = f"{PREFIX}usage-since"
@@ -24,7 +25,8 @@ SINCE = f"{PREFIX}usage-since"
 SETTLE = """
 local entry = cjson.decode(ARGV[1])
 local stored = redis.call('GET', KEYS[1])
-local account = stored and cmsgpack.unpack(stored) or {generated = 0, untold = {}}
+local account = stored and cmsgpack.unpack(stored) or {generated = 0}
+account.untold = account.untold or {}  -- earlier versions had none
 local event = account.untold[entry.name]
 if event then return cjson.encode(event) end  -- it asks again
 
@@ -56,7 +58,7 @@ TOLD = """
 local stored = redis.call('GET', KEYS[1])
 if stored then
   local account = cmsgpack.unpack(stored)
-  account.untold[ARGV[1]] = nil
+  if account.untold then account.untold[ARGV[1]] = nil end
   redis.call('SET', KEYS[1], cmsgpack.pack(account), 'KEEPTTL')
 end
 """
@@ -75,6 +77,7 @@ return dead
 class RedisLedger:
     def __init__(self, server: RedisServer) -> None:
         self._server = server
+        self._running: frozenset[str] = frozenset()  # the accounts of what runs here, as others know it
 
     async def settle(self, entries: Sequence[Entry]) -> list[Counted]:
         commands: list[Command] = [("SET", SINCE, time.time(), "NX")]
@@ -87,9 +90,14 @@ class RedisLedger:
         ]
 
     async def told(self, entries: Sequence[Entry]) -> None:
-        streams = [entry for entry in entries if entry.stream]
-        commands: list[Command] = [("EVAL", TOLD, 1, _account(entry), self._name(entry)) for entry in streams]
-        commands += [("SREM", open_streams(self._router(entry)), entry.stream) for entry in streams]
+        commands: list[Command] = []
+        for entry in entries:
+            if entry.stream or entry.router or entry.account in self._running:  # of others, nobody else knows
+                commands.append(("EVAL", TOLD, 1, _account(entry), self._name(entry)))
+            if entry.stream:
+                commands.append(("SREM", open_streams(self._router(entry)), entry.stream))
+            elif entry.router:
+                commands.append(("HDEL", _running(entry.router), entry.account))
         if commands:
             await self._server.run(commands)
 
@@ -122,20 +130,37 @@ class RedisLedger:
         (since,) = await self._server.run([("GET", SINCE)])
         return float(since) if since else time.time()
 
-    async def lost(self) -> list[Lost]:
-        (dead,) = await self._server.run([("EVAL", LIVE, 1, ROUTERS, self._server.router, LEASE_SECONDS)])
+    async def lost(self, running: Running) -> list[Lost]:
+        now, key = running(), _running(self._server.router)
+        commands: list[Command] = [("EVAL", LIVE, 1, ROUTERS, self._server.router, LEASE_SECONDS)]
+        commands += [("HSET", key, account, said) for account, said in now.items()]
+        commands.append(("EXPIRE", key, RUNNING_SECONDS))
+        if over := self._running - now.keys():
+            commands.append(("HDEL", key, *over))
+        self._running |= now.keys()
+        dead, *_ = await self._server.run(commands)
+        self._running = frozenset(now)
         return [lost for router in dead for lost in await self._left_by(router.decode())]
 
     async def _left_by(self, router: str) -> list[Lost]:
-        (streams,) = await self._server.run([("SMEMBERS", open_streams(router))])
-        if not streams:
+        streams, running = await self._server.run([("SMEMBERS", open_streams(router)), ("HGETALL", _running(router))])
+        if not streams and not running:
             await self._server.run([("ZREM", ROUTERS, router)])
             return []
-        data = await self._server.run([("GET", STREAM + stream.decode()) for stream in streams])
-        return [Lost(router, stream.decode(), each or b"") for stream, each in zip(streams, data, strict=True)]
+        data = await self._server.run([("GET", STREAM + key.decode()) for key in streams]) if streams else []
+        left = [Lost(router, each or b"", stream=key.decode()) for key, each in zip(streams, data, strict=True)]
+        return left + [Lost(router, each, account=key.decode()) for key, each in running.items()]
 
     async def drop(self, lost: Lost) -> None:
-        await self._server.run([("SREM", open_streams(lost.router), lost.stream)])
+        if lost.stream:
+            await self._server.run([("SREM", open_streams(lost.router), lost.stream)])
+        else:
+            await self._server.run([("HDEL", _running(lost.router), lost.account)])
+
+
+def _running(router: str) -> str:
+    """The key of what runs on a router and is not in the journal, by account."""
+    return f"{PREFIX}running:{router}"
 
 
 def _account(entry: Entry) -> str:

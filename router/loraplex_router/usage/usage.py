@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from loraplex_protos.errors import UnavailableError
 from loraplex_router.engine.output import Generation
-from loraplex_router.journal.records import Record, read_progress
-from loraplex_router.usage.event import Counted, UsageEvent, Used, event_of, event_of_lost
-from loraplex_router.usage.ledger import MOST_DAYS, Entry, Ledger, Lost, MemoryLedger, today
+from loraplex_router.usage import left
+from loraplex_router.usage.event import Counted, UsageEvent, Used, event_of, used_by
+from loraplex_router.usage.ledger import MOST_DAYS, Entry, Ledger, MemoryLedger, today
 
-LIVE_SECONDS = 1.0  # between two signs of life, and looks at what routers that have died have left
+LIVE_SECONDS = 1.0  # between two signs of life, with what runs, and looks at what routers that have died have left
 MOST_UNSETTLED = 10_000  # entries while the ledger fails
 
 logger = logging.getLogger(__name__)
@@ -38,27 +38,30 @@ class Usage:
         self.sinks: list[Sink] = []
         self.write_streams: Callable[[], Awaitable[object]] | None = None
         self._numbers = count()
+        self._running: set[Generation] = set()
         self._unsettled: list[_Ended] = []
         self._told: list[Entry] = []  # and the ledger does not know yet
         self._news = asyncio.Event()
         self._settling = asyncio.Lock()
 
+    def started(self, generation: Generation) -> None:
+        """A generation begins to use something."""
+        self._running.add(generation)
+
     def ended(self, generation: Generation, outcome: str, now: float) -> None:
         """A generation has ended now, by time.monotonic."""
-        ran = generation.started is not None
-        cached = generation.outputs[0].sequence.prefix_hit
-        generated = sum(output.generated for output in generation.outputs)
-        first = int(generation.num_prompt > 0)
+        self._running.discard(generation)
+        ran, used, first = generation.started is not None, used_by(generation), int(generation.num_prompt > 0)
         entry = Entry(
             next(self._numbers),
             generation.nonce,
             generation.tenant,
             generation.adapter_name,
-            Used(1, generation.prompt_length, cached, generated) if ran else None,
+            used if ran else None,
             generation.stream,
         )
-        alone = Used(first, generation.num_prompt, first * cached, generation.num_generated) if ran else Used()
-        self._unsettled.append(_Ended(event_of(generation, outcome, now), entry, alone))
+        alone = Used(first, generation.num_prompt, first * used.cached_tokens, generation.num_generated)
+        self._unsettled.append(_Ended(event_of(generation, outcome, now), entry, alone if ran else Used()))
         self._news.set()
 
     async def between(self, first: date | None, last: date | None) -> tuple[float, list[tuple[str, str, Used]]]:
@@ -72,14 +75,20 @@ class Usage:
 
     async def run(self) -> None:
         """Runs until cancelled."""
+        loop = asyncio.get_running_loop()
+        next_sign = loop.time()
         try:
             while True:
                 self._news.clear()
+                due = loop.time() >= next_sign
                 with suppress(UnavailableError):
                     await self.settle()
-                    await self._find_lost()
+                    if due:
+                        await self._find_lost()
+                if due:
+                    next_sign = loop.time() + LIVE_SECONDS
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(LIVE_SECONDS):
+                    async with asyncio.timeout_at(next_sign):
                         await self._news.wait()
         finally:
             with suppress(UnavailableError):
@@ -107,22 +116,21 @@ class Usage:
                 del self._told[: len(told)]
 
     async def _find_lost(self) -> None:
-        lost = await self.ledger.lost()
+        lost = await self.ledger.lost(self._encode_running)
         for each in lost:
             try:
-                record, generated = read_progress(each.data)
+                event, entry = left.read(each, next(self._numbers))
             except (ValueError, TypeError, KeyError):
                 await self.ledger.drop(each)
             else:
-                self._unsettled.append(self._lost(each, record, generated))
+                self._unsettled.append(_Ended(event, entry, Used()))
         if lost:
             await self.settle()
 
-    def _lost(self, lost: Lost, record: Record, generated: int) -> _Ended:
-        used = Used(1, len(record.prompt), 0, generated)
-        number, event = next(self._numbers), event_of_lost(record)
-        entry = Entry(number, record.nonce, record.tenant, record.adapter, used, lost.stream, lost.router)
-        return _Ended(event, entry, Used())
+    def _encode_running(self) -> dict[str, bytes]:
+        """What runs here and is not in the journal, by account."""
+        here = [generation for generation in self._running if not generation.stream]
+        return {generation.nonce: left.encode(generation) for generation in here}
 
     def _give_up(self, ended: Sequence[_Ended]) -> None:
         """Tells of what cannot be settled."""
