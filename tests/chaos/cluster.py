@@ -13,6 +13,7 @@ from typing import Self
 import pytest
 
 from tests.chaos.clock import Clock
+from tests.chaos.disk import Disk
 from tests.chaos.proxy import Proxy
 from tests.e2e.processes import Process, Router, free_port
 from tests.e2e.tiny import save_adapter, save_model
@@ -52,6 +53,7 @@ class Place:
         self.starts = 0
         self.deaths = 0  # a request during which this changes may have been broken
         self.outcomes: Counter[str] = Counter()  # of requests that ended since it was started
+        self.log = ""  # of routers that have ended
         self._router: Router | None = None
 
     @property
@@ -69,6 +71,8 @@ class Place:
 
     def start(self, *flags: str, env: Mapping[str, str]) -> None:
         ports = f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}"
+        if self._router:
+            self.log += self._router.log
         self.outcomes.clear()
         self.starts += 1
         self._router = WrongRouter(*flags, *ports, *FLAGS, env=dict(env))
@@ -84,11 +88,13 @@ class Cluster:
         self.ports = [free_port() for _ in range(sum(layout) * RANKS)]
         self._rendezvous = [free_port() for _ in range(sum(layout))]
         self.proxies: list[Proxy] = []
+        self._usage = folder / "usage.jsonl"
         self.hub = StandInHub()
         self.troubles: Counter[str] = Counter()  # counts when a "source" or the "store" begins to fail, and ends to
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
+            self.disk = stack.enter_context(Disk(self.folder))
             stack.enter_context(self.hub)
             self.bucket = stack.enter_context(StandInS3(stack.enter_context(pytest.MonkeyPatch.context())))
             self._store, self.store = stack.enter_context(redis_server(self.folder))
@@ -135,8 +141,17 @@ class Cluster:
             for replica in place.replicas
         )
         registry = f"--adapter-registry={self.folder / 'registry.yaml'}"
-        flags = f"--shards={shards}", f"--store={self._store}", registry
+        written = f"--usage-log={self._usage}", f"--batches={self.folder / 'batches'}"
+        flags = f"--shards={shards}", f"--store={self._store}", registry, *written
         await asyncio.to_thread(partial(place.start, *flags, env=self.clock.environment))
+
+    def log(self) -> str:
+        """Of all processes."""
+        return "\n".join([self.ranks.log, *(place.log + place.router.log for place in self.places)])
+
+    def wrong_usage(self) -> list[str]:
+        """Lines of the usage log that are not events, in words."""
+        return [f"usage: {line!r}" for line in self._usage.read_text().splitlines() if not _is_json(line)]
 
     async def wait_until_ready(self) -> None:
         for place in self.places:
@@ -152,3 +167,11 @@ class Cluster:
     def had_trouble(self, what: str, before: Mapping[str, int]) -> bool:
         """Whether it failed at any time since `troubles` was as it was before."""
         return before.get(what, 0) % 2 == 1 or self.troubles[what] != before.get(what, 0)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

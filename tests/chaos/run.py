@@ -2,15 +2,19 @@
 
 import asyncio
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos.accounts import Holdings, growth, holdings
+from tests.chaos.batch import Batch
 from tests.chaos.cluster import Cluster
 from tests.chaos.ledger import Ledger
 from tests.chaos.troubles import Troubles
+
+LOG = Path(tempfile.gettempdir(), "loraplex-chaos.log")
 
 Event = Callable[[Cluster, Troubles], Awaitable[list[str]]]  # returns faults, in words
 
@@ -24,7 +28,8 @@ class Report:
 
     def __str__(self) -> str:
         counts = [f"{count:6} {name}" for name, count in (*self.troubles.most_common(), *self.outcomes.most_common())]
-        return "\n".join([f"{self.kills} kills", *counts, f"{len(self.faults)} faults", *self.faults])
+        logs = [f"the processes' logs are in {LOG}"] if self.faults else []
+        return "\n".join([f"{self.kills} kills", *counts, f"{len(self.faults)} faults", *self.faults, *logs])
 
 
 async def run(folder: Path, layout: Sequence[int], seed: int, workers: int, event: Event) -> Report:
@@ -36,6 +41,8 @@ async def run(folder: Path, layout: Sequence[int], seed: int, workers: int, even
         await ledger.learn()
         await ledger.ask_all()
         before = await _at_rest(cluster)
+        batch = Batch(cluster)
+        await batch.begin()
         over = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
             for _ in range(workers):
@@ -43,10 +50,14 @@ async def run(folder: Path, layout: Sequence[int], seed: int, workers: int, even
             faults = await event(cluster, troubles)
             over.set()
         await cluster.wait_until_ready()
+        faults += await batch.audit()
         await ledger.ask_all()
         faults += growth(before, await _at_rest(cluster))
         await asyncio.to_thread(ledger.audit)
         await ledger.close()
+        faults += cluster.wrong_usage()
+        if faults or ledger.faults:
+            LOG.write_text(cluster.log())
     return Report(troubles.kills, troubles.counts, ledger.outcomes, ledger.faults + faults)
 
 

@@ -4,12 +4,9 @@ import asyncio
 import contextlib
 import os
 import random
-import resource
 import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable
-
-import psutil
 
 from tests.chaos.cluster import RANKS, Cluster, Place
 from tests.stand_in_hub import StandInHub
@@ -35,7 +32,7 @@ class Troubles:
             "a rank is stopped": (3, self._stop),
             "a rank is cut off": (2, self._cut_off_rank),
             "a replica is cut off": (2, self._cut_off_replica),
-            "the disk is full": (1, self._fill_disk),
+            "the disk is full": (int(cluster.disk.mounted), self._fill_disk),
             "the hub hangs": (1, self._hang_hub),
             "the bucket hangs": (1, self._hang_bucket),
             "the store hangs": (1, self._hang_store),
@@ -105,17 +102,11 @@ class Troubles:
             self._cluster.proxies[rank].joined.set()
 
     async def _fill_disk(self) -> None:
-        """No file of the ranks can grow."""
-        pids = self._cluster.ranks.pids()
-        self._limit_files(pids, 0)
+        """That of all processes."""
         with self._cluster.trouble("source"):
+            self._cluster.disk.fill()
             await self._wait()
-        self._limit_files(pids, resource.RLIM_INFINITY)
-
-    def _limit_files(self, pids: list[int], size: int) -> None:
-        for pid in pids:
-            with contextlib.suppress(psutil.NoSuchProcess):  # it is about to be restarted
-                psutil.Process(pid).rlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            self._cluster.disk.free()
 
     async def _hang_hub(self) -> None:
         await self._hang(self._cluster.hub)
