@@ -83,8 +83,6 @@ class GenerationApi(GenerationServiceServicer):
             generations = await self._service.generate_each(_read(request, context), _key(context), stream=stream)
             try:
                 writer = self._writer(request, generations)
-                if stream is not None and not await stream.resumable():
-                    stream = None
                 async for index, delta in read_each(generations, Generation.deltas):
                     event = await in_turn(writer.num_logprobs(index, delta), partial(writer.event, index, delta))
                     if stream is not None:

@@ -46,7 +46,7 @@ class Entry:
 
 class Journal:
     """Keeps entries in `store`, which forgets what was not renewed for `seconds`. A store that fails costs streams a
-    second, and that they cannot be resumed."""
+    second, and that those which it does not have yet cannot be resumed until it is back."""
 
     def __init__(self, store: Store, seconds: float) -> None:
         self._store = store
@@ -64,12 +64,11 @@ class Journal:
 
     def begin(self, key: str, generation: Generation, record: Record) -> None:
         """Writes the generation down from now on, until `end`."""
-        if not self._fails:
-            self._entries[generation] = Entry(key, generation, record.encode(), [0] * len(generation.outputs))
+        self._entries[generation] = Entry(key, generation, record.encode(), [0] * len(generation.outputs))
 
     async def keep_up(self, generation: Generation) -> bool:
         """Returns once everything that it has generated is written down, or cannot be now. False: it is not written
-        down at all."""
+        down at all yet."""
         entry = self._entries.get(generation)
         if entry is not None and not self._fails and (entry.record or entry.written != entry.lengths):
             written = self._next_write
@@ -123,7 +122,6 @@ class Journal:
             if not self._fails:
                 logger.warning("streams cannot be resumed for now: %s", error.message)
             self._fails = True
-            over += [entry for entry in entries if entry.record]
         else:
             if self._fails:
                 logger.warning("streams can be resumed again")

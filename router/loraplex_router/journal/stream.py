@@ -1,5 +1,6 @@
 """One streamed answer: what is written down about it, and where it continues if its client comes back."""
 
+import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ class Stream:
         self._outputs = list[SequenceOutput]()
         self._owners = list[Generation]()  # of these
         self._kept = True
+        self._written = False  # the beginning of each of them
         self._reached = list[Reached]()  # by the client, in each sequence
         self._last = 0  # the index of the sequence whose delta it got last
 
@@ -81,18 +83,12 @@ class Stream:
                 self._journal.begin(generation.stream, generation, record)
             self._generations.append(generation)
 
-    async def resumable(self) -> bool:
-        """Whether others can continue the stream: that its beginning has arrived in the store, now or as that of the
-        stream which it continues."""
-        if self._kept and all([await self._journal.keep_up(generation) for generation in self._generations]):
-            return True
-        if self.begun is not None:
-            self._id = self.begun.stream
-        return self.begun is not None
-
     async def advance(self, index: int, delta: Delta) -> None:
-        """The client gets the next delta of a sequence. Returns once it is written down."""
-        await self._journal.keep_up(self._owners[index])
+        """The client gets the next delta of a sequence. Returns once it is written down, or cannot be now."""
+        if self._kept and not self._written:
+            self._written = all(await asyncio.gather(*map(self._journal.keep_up, self._generations)))
+        else:
+            await self._journal.keep_up(self._owners[index])
         former, sequence = self._reached[index], self._outputs[index].sequence
         start, end = (sequence.prompt_length + length for length in (former.tokens, delta.generated))
         check = checksum(sequence.tokens[start:end], former.checksum)
@@ -100,8 +96,15 @@ class Stream:
 
     def position(self, events: int | None = None, afterwards: int = 0) -> str:
         """Where the client is, once it has the last delta, or only this many of its events; or other events after all
-        deltas."""
+        deltas. Empty if others cannot continue the stream from there, since nothing of it has arrived in the store, nor
+        was it begun by a stream that has."""
+        if self._written:
+            id = self._id
+        elif self.begun is not None:
+            id = self.begun.stream
+        else:
+            return ""
         reached = [replace(each, before=0) for each in self._reached]
         if events is not None:
             reached[self._last] = replace(self._reached[self._last], events=events)
-        return str(Position(self._id, tuple(reached), afterwards))
+        return str(Position(id, tuple(reached), afterwards))

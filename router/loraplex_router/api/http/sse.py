@@ -76,8 +76,6 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             keep_alive = asyncio.create_task(self._keep_alive(send))
             try:
-                if self._stream is not None and not await self._stream.resumable():
-                    self._stream = None
                 async for written in self._events:
                     if self._stream is not None:
                         written = self._with_ids(written, self._stream)
@@ -111,7 +109,7 @@ class EventStream(Response):
                 known = count <= self._delta.known
                 id = stream.position(count if count < len(events) else None)
             if not known:
-                new.append(b"id: %b\n%b\n\n" % (id.encode(), each))
+                new.append((f"id: {id}\n".encode() if id else b"") + each + b"\n\n")
         return b"".join(new)
 
     async def _keep_alive(self, send: Send) -> None:
