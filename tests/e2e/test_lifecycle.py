@@ -186,12 +186,16 @@ async def test_two_ranks_have_their_own_metrics_and_end_with_the_server(model: P
         assert not any(child.is_running() for child in children)
 
 
-def test_ranks_that_are_still_loading_end_with_the_server(model: Path):
-    with Process("serve", str(model), "--http-port=0", "--grpc-port=0", "--tp=2", "--kv-blocks=64") as serve:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_stopped_while_it_starts_leaves_nothing(model: Path, tmp_path: Path, number: signal.Signals):
+    flags = "--http-port=0", "--grpc-port=0", "--tp=2", "--kv-blocks=64"
+    with Process("serve", str(model), *flags, env={"TMPDIR": str(tmp_path)}) as serve:
         while len(ranks := psutil.Process(serve.process.pid).children()) < 2:
             threading.Event().wait(0.01)
-        assert serve.terminate() in (0, -signal.SIGTERM)  # the latter if its handler was not installed yet
+        serve.process.send_signal(number)
+        assert serve.process.wait(60) == 0
     assert psutil.wait_procs(ranks, timeout=30)[1] == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_shard_that_stops_does_not_wait_for_a_download(model: Path):

@@ -3,9 +3,9 @@ the kubelet, starts it again, since the ranks of other machines have to start wi
 
 import asyncio
 import signal
-import tempfile
 
 from loraplex.cli.ranks import STOP_SECONDS, Ranks
+from loraplex.cli.run_folder import run_folder
 from loraplex_protos.errors import UnavailableError
 from loraplex_shard.settings import NodeSettings
 
@@ -15,7 +15,7 @@ async def run(settings: NodeSettings) -> None:
     told = asyncio.Event()
     for number in signal.SIGTERM, signal.SIGINT:
         asyncio.get_running_loop().add_signal_handler(number, told.set)
-    with tempfile.TemporaryDirectory(prefix="loraplex-") as folder:
+    with run_folder() as folder:
         ranks = Ranks(settings.shards, folder)
         await ranks.start()
         ending, stopping = asyncio.create_task(ranks.end()), asyncio.create_task(told.wait())

@@ -2,7 +2,7 @@
 the ranks cannot be restarted."""
 
 import asyncio
-import tempfile
+import signal
 from collections.abc import Sequence
 from typing import Self
 
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from loraplex.cli.introduction import Pooled, introduction
 from loraplex.cli.ranks import Ranks
+from loraplex.cli.run_folder import run_folder
 from loraplex_protos.generation_pb2 import GetModelInfoResponse
 from loraplex_router.settings import EdgeSettings, RouterSettings
 from loraplex_shard.settings import ModelSettings, ShardSettings
@@ -43,32 +44,45 @@ class ServeSettings(EdgeSettings, ModelSettings):
 
 async def run(settings: ServeSettings, console: Console) -> None:
     """Serves until SIGTERM or SIGINT. Raises UnavailableError if the ranks end and should not be restarted."""
-    with tempfile.TemporaryDirectory(prefix="loraplex-") as folder:
+    loop, this = asyncio.get_running_loop(), asyncio.current_task()
+    assert this
+    for number in signal.SIGTERM, signal.SIGINT:
+        loop.add_signal_handler(number, this.cancel)  # until the router has its own handlers
+    with run_folder() as folder:
         addresses = [f"unix:{folder}/rank{rank}.sock" for rank in range(settings.tp)]
         ranks = Ranks(lambda rendezvous: shards(settings, addresses, rendezvous), folder)
-        await ranks.start()
-        from loraplex_router import app  # takes a second, during which the shards are starting
-
-        edge = settings.model_dump(include=set(EdgeSettings.model_fields))
-        router_settings = RouterSettings(**edge, shards=(",".join(addresses),), move_seconds=MOVE_SECONDS)
-
-        def ready(http_port: int, grpc_port: int, info: GetModelInfoResponse, adapters: list[str]) -> None:
-            server, http = f"{settings.url_host}:{grpc_port}", f"{settings.scheme}://{settings.url_host}:{http_port}"
-            if settings.scheme == "https":
-                server = f"https://{server}"
-            text = introduction(settings.model, server, http, adapters, info.has_chat_template, _pools(info))
-            console.print(text, highlight=False, soft_wrap=True)
-
-        router = asyncio.create_task(app.run(router_settings, ready, ranks))
-        keeping = asyncio.create_task(ranks.keep())
         try:
-            await asyncio.wait([router, keeping], return_when=asyncio.FIRST_COMPLETED)
-            await (router if router.done() else keeping)
+            await ranks.start()
+            await _route(settings, addresses, ranks, console)
+        except asyncio.CancelledError:  # by a signal: this is the whole process
+            pass
         finally:
-            router.cancel()
-            keeping.cancel()
-            await asyncio.gather(router, keeping, return_exceptions=True)
             await ranks.stop()
+
+
+async def _route(settings: ServeSettings, addresses: Sequence[str], ranks: Ranks, console: Console) -> None:
+    """Runs the router, and restarts the ranks, until the router ends or the ranks should not be restarted."""
+    from loraplex_router import app  # takes a second, during which the shards are starting
+
+    edge = settings.model_dump(include=set(EdgeSettings.model_fields))
+    router_settings = RouterSettings(**edge, shards=(",".join(addresses),), move_seconds=MOVE_SECONDS)
+
+    def ready(http_port: int, grpc_port: int, info: GetModelInfoResponse, adapters: list[str]) -> None:
+        server, http = f"{settings.url_host}:{grpc_port}", f"{settings.scheme}://{settings.url_host}:{http_port}"
+        if settings.scheme == "https":
+            server = f"https://{server}"
+        text = introduction(settings.model, server, http, adapters, info.has_chat_template, _pools(info))
+        console.print(text, highlight=False, soft_wrap=True)
+
+    router = asyncio.create_task(app.run(router_settings, ready, ranks))
+    keeping = asyncio.create_task(ranks.keep())
+    try:
+        await asyncio.wait([router, keeping], return_when=asyncio.FIRST_COMPLETED)
+        await (router if router.done() else keeping)
+    finally:
+        router.cancel()
+        keeping.cancel()
+        await asyncio.gather(router, keeping, return_exceptions=True)
 
 
 def shards(settings: ServeSettings, addresses: Sequence[str], rendezvous: str) -> list[ShardSettings]:
