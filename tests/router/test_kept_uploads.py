@@ -3,6 +3,7 @@
 import asyncio
 import os
 import tarfile
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -220,7 +221,11 @@ async def test_a_damaged_upload_is_refused_and_its_neighbours_answer(
     await again.close()
 
 
-async def test_what_a_router_that_died_left_is_deleted_later(routers: tuple[Cluster, Cluster], path: Path):
+async def test_what_a_router_that_died_left_is_deleted_later(
+    routers: tuple[Cluster, Cluster], path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tomorrow = time.time() + 86400
+    monkeypatch.setattr(time, "time", lambda: tomorrow)  # the folder's clock is another machine's
     version = await upload(routers[0], b"one")
     left, arriving = (path.with_name(f"{path.name}.uploads") / f"{digit * 32}.tar" for digit in "01")
     torn, note = left.with_name(f".{left.name}.new"), left.with_name("README")

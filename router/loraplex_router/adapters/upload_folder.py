@@ -7,13 +7,13 @@ version there is of it any more.
 import os
 import re
 import tarfile
-import time
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO
 
 from loraplex_protos.errors import AdapterSourceError, OverloadedError
@@ -68,15 +68,24 @@ class UploadFolder:
 
     def keep_only(self, ids: Collection[str], former: Collection[str]) -> None:
         """Deletes the uploads that are not among `ids` any more, but were among `former` ones, and forgotten ones."""
-        for path, status in list(self._files()):
-            old = status.st_mtime + FORGOTTEN_SECONDS < time.time()
-            if path.stem not in ids and (path.stem in former or old):
+        gone = [(path, status) for path, status in self._files() if path.stem not in ids]
+        now = self._now() if gone else 0.0
+        for path, status in gone:
+            if path.stem in former or status.st_mtime + FORGOTTEN_SECONDS < now:
                 with suppress(OSError):
                     path.unlink()
 
     def remove(self, id: str) -> None:
         with suppress(OSError):
             self._file(id).unlink()
+
+    def _now(self) -> float:
+        """By the clock that dates the files, which may be another machine's; 0 if it cannot be known."""
+        try:
+            with TemporaryFile(dir=self.path) as file:
+                return os.fstat(file.fileno()).st_mtime
+        except OSError:
+            return 0.0
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Uploads, and those that are being written."""
