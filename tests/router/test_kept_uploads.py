@@ -64,6 +64,42 @@ async def test_an_upload_is_the_same_for_a_router_that_starts_later(routers: tup
     await again.close()
 
 
+async def test_what_another_router_has_just_registered_is_known_at_once(routers: tuple[Cluster, Cluster]):
+    here, there = routers  # neither follows the file
+    version = await upload(here, b"one")
+    expected = await served(here, "policy")
+    names = "policy", f"policy@{version}", "policy"
+    assert await asyncio.gather(*(served(there, name) for name in names)) == [expected] * 3
+    version = await upload(here, b"two")
+    assert await served(there, f"policy@{version}") == await served(here, "policy") != expected
+    await here.service.adapters.set_alias("best", {f"policy@{version}": 100}, {})
+    assert (await there.service.adapters.pin(AdapterReference("best"))).id == f"policy@{version}"
+
+
+async def test_a_request_that_leaves_while_the_file_is_read_again_does_not_hide_the_change(
+    routers: tuple[Cluster, Cluster], path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    here, there = routers
+    await upload(here, b"one")
+    reading = asyncio.Event()
+
+    async def never() -> None:
+        reading.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(there.registry_file, "reread", never)
+        leaving = asyncio.create_task(served(there, "policy"))
+        await reading.wait()
+        leaving.cancel()
+        await asyncio.wait([leaving])
+    assert await served(there, "policy") == await served(here, "policy")
+    write(path.parent, "adapters: {policy: {}}")
+    await served(there, "not/registered")
+    assert "adapters.policy" in there.registry.fault
+    assert await served(there, "policy") == await served(here, "policy")
+
+
 async def test_a_router_that_runs_learns_of_uploads_and_of_their_removal(
     routers: tuple[Cluster, Cluster], monkeypatch: pytest.MonkeyPatch
 ):

@@ -13,21 +13,21 @@ class FollowedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._state = _state(path)
+        self.seen = self.state()
 
     async def changes(self) -> AsyncIterator[None]:
         """Yields whenever the file has changed. Never ends."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            if (state := _state(self._path)) != self._state:
-                self._state = state
+            if (state := self.state()) != self.seen:
+                self.seen = state
                 yield
 
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    try:
-        with open(path, "rb") as file:  # so that network file systems ask the server, not their cache
-            status = os.fstat(file.fileno())
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    def state(self) -> tuple[int, ...]:
+        """Another one whenever the file is another one."""
+        try:
+            with open(self._path, "rb") as file:  # so that network file systems ask the server, not their cache
+                status = os.fstat(file.fileno())
+        except OSError:
+            return ()
+        return status.st_ino, status.st_size, status.st_mtime_ns

@@ -65,6 +65,11 @@ class Registry:
     def has(self, id: str) -> bool:
         return self.declares(id) or id in self.uploads
 
+    def knows(self, reference: Reference) -> bool:
+        """Whether there is all that the reference may name: not an id that it leaves to the sources."""
+        parts = reference.adapters if isinstance(reference, MergedReference) else (reference,)
+        return all(part.source or part.id in self.content.aliases or self.find(normal(part.id)) for part in parts)
+
     def bare(self, id: str) -> str:
         """The registered name in `name@version`; any other id is returned as it is. Permissions are for names."""
         name, at, _ = normal(id).partition(AT)

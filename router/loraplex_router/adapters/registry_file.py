@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraplex_protos.adapter_names import RULE, is_id, is_name, normal
 from loraplex_protos.errors import AdapterConflictError, ForbiddenError, LoraplexError, UnavailableError, quote
+from loraplex_router.access import followed_file
 from loraplex_router.access.followed_file import FollowedFile
 from loraplex_router.access.replaced_file import replace_file
 from loraplex_router.access.strict_yaml import describe, read_yaml
@@ -85,7 +86,7 @@ class RegistryFile:
         self._file = FollowedFile(path)
         self._registry = registry
         self._gone = gone
-        self._changing = asyncio.Lock()
+        self._changing, self._looking = asyncio.Lock(), asyncio.Lock()
         registry.update(self._read())
 
     Edit = Callable[[Registered], Registered]
@@ -149,15 +150,24 @@ class RegistryFile:
                 self._gone(version)
 
     async def follow(self) -> None:
-        """Checks the file periodically, until cancelled. Keeps the old content while the file is invalid."""
-        async for _ in self._file.changes():
+        """Looks at the file periodically, until cancelled."""
+        while True:
+            await asyncio.sleep(followed_file.LOOK_SECONDS)
+            await self.look()
+
+    async def look(self) -> None:
+        """Takes up what the file says, if it has changed. Keeps the old content while the file is invalid."""
+        async with self._looking:  # so that nobody finds the old content while somebody else takes up the new one
+            state = await asyncio.to_thread(self._file.state)
+            if state == self._file.seen:
+                return
             try:
                 await self.reread()
+                logger.info("reloaded the adapter registry: %d names", len(self._registry.content.names))
             except RegistryFileError as error:
                 self._registry.fault = error.message
                 logger.error("keeping the previous adapter registry: %s", error)
-                continue
-            logger.info("reloaded the adapter registry: %d names", len(self._registry.content.names))
+            self._file.seen = state  # only now, since a request that looks may be cancelled
 
 
 def read_registry(path: Path) -> Registered:

@@ -20,7 +20,7 @@ from loraplex_protos.errors import (
 from loraplex_router.adapters.registry import AT, Registered, reference_to
 from loraplex_router.adapters.registry_file import ContentError, RegistryFile, RegistryFileError, check
 from loraplex_router.replicas.administration import Administration
-from loraplex_router.vocabulary.references import AdapterReference, Upload, Version
+from loraplex_router.vocabulary.references import AdapterReference, Reference, Upload, Version
 
 
 class Declarations:
@@ -46,6 +46,11 @@ class Declarations:
         """Takes up what another router may have changed just now."""
         with suppress(RegistryFileError):  # the last good content stays
             await self._writable().reread()
+
+    async def catch_up(self, reference: Reference | None) -> None:
+        """Takes up what another router may have registered just now, if the reference has a name that is not known."""
+        if self._file is not None and reference is not None and not self._registry.knows(reference):
+            await self._file.look()
 
     async def check_room(self, size: int) -> None:
         """Raises OverloadedError if there is no room to keep an upload."""

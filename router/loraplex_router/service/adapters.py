@@ -81,7 +81,7 @@ class Adapters:
         """Rereads the adapter's source and stages its current content. For administrators."""
         with self._administered("load", reference, key) as tenant:
             async with self._suggestions.for_missing(reference, tenant.may_use):
-                return self._remarked(await self._administration.load(self._resolved(reference)))
+                return self._remarked(await self._administration.load(await self._resolved(reference)))
 
     async def upload(
         self,
@@ -133,7 +133,7 @@ class Adapters:
         Raises AdapterNotFoundError if it is not loaded and, without `wait`, AdapterInUseError while sequences need it.
         """
         with self._administered("unload", name, key):
-            await self._administration.unload(self._resolved(name), wait)
+            await self._administration.unload(await self._resolved(name), wait)
 
     async def pin(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
         """Loads an adapter onto one replica's device, where it stays until it is unpinned or unloaded. Returns
@@ -144,7 +144,7 @@ class Adapters:
         reference = name if isinstance(name, AdapterReference) else None
         with self._administered("pin", name, key) as tenant:
             async with self._suggestions.for_missing(reference, tenant.may_use):
-                return self._remarked(await self._administration.pin(self._resolved(name)))
+                return self._remarked(await self._administration.pin(await self._resolved(name)))
 
     async def unpin(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:
         """Lets it leave the device when others need its slot. For administrators.
@@ -152,7 +152,7 @@ class Adapters:
         Raises AdapterNotFoundError if it is not loaded.
         """
         with self._administered("unpin", name, key):
-            return self._remarked(self._administration.unpin(self._resolved(name)))
+            return self._remarked(self._administration.unpin(await self._resolved(name)))
 
     @contextmanager
     def _administered(self, action: str, name: AdapterReference | str, key: str | None) -> Iterator[Tenant]:
@@ -163,9 +163,12 @@ class Adapters:
             self._check_named(name)
             yield tenant
 
-    def _resolved(self, name: N) -> N:
+    async def _resolved(self, name: N) -> N:
         """The version that a registered name stands for; a digest as it is."""
-        return self._registry.resolve_one(name, None) if isinstance(name, AdapterReference) else name
+        if not isinstance(name, AdapterReference):
+            return name
+        await self._declarations.catch_up(name)
+        return self._registry.resolve_one(name, None)
 
     def _check_named(self, name: AdapterReference | str) -> None:
         found = Violations()

@@ -78,7 +78,7 @@ class Pooling:
             tenant = self._keys.tenant(key)
             info = self._model().info
             check_embed_request(request, info.vocab_size, info.adapter_sources)
-            adapter = self._requests.resolve(request.adapter, tenant, request.session)
+            adapter = await self._requests.resolve(request.adapter, tenant, request.session)
             request = replace(request, adapter=adapter)
             visit = await self._requests.visit(tenant, arrived, [request])
         started, volume = list[Generation](), Volume()

@@ -16,6 +16,7 @@ from loraplex_router.engine.output import Generation
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.records import Saved
 from loraplex_router.journal.stream import Stream
+from loraplex_router.replicas.declarations import Declarations
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.service.admission import Admission, check_deadline
 from loraplex_router.service.preparation import Arrival, Preparation
@@ -38,6 +39,7 @@ class Requests:
         self,
         replicas: Replicas,
         registry: Registry,
+        declarations: Declarations,
         preparation: Preparation,
         max_queue: int,
         telemetry: Telemetry,
@@ -46,7 +48,7 @@ class Requests:
     ) -> None:
         self.draining = False
         self._replicas = replicas
-        self._registry = registry
+        self._registry, self._declarations = registry, declarations
         self._preparation = preparation
         self._admission = Admission(replicas, max_queue)
         self._telemetry = telemetry
@@ -177,10 +179,12 @@ class Requests:
         for generation in self._running:
             self.cancel(generation)
 
-    def resumed(self, part: Request, tenant: Tenant, saved: Saved) -> Request:
+    async def resumed(self, part: Request, tenant: Tenant, saved: Saved) -> Request:
         """The part with what its names and its seed stood for when it began."""
+        meant = replace_ids(part.adapter, saved.record.adapters)
+        await self._declarations.catch_up(meant)
         tenant.check_adapter(self._registry.named(part.adapter))
-        adapter = self._registry.resolve(replace_ids(part.adapter, saved.record.adapters), "")
+        adapter = self._registry.resolve(meant, "")
         sampling = part.sampling.model_copy(update={"seed": saved.record.seed})
         request_id = saved.record.request_id
         if request_id in self._running:  # the former request cannot end: it waits for its client to read
@@ -197,9 +201,10 @@ class Requests:
                 async with asyncio.timeout(FORMER_SECONDS):
                     await self._replicas.changes.until(lambda: request_id not in self._running)
 
-    def resolve(self, adapter: Reference | None, tenant: Tenant, session: str) -> Reference | None:
+    async def resolve(self, adapter: Reference | None, tenant: Tenant, session: str) -> Reference | None:
         """What the registry says that the name stands for. `session`: equal ones get the same of several versions;
         empty: any. Raises ForbiddenError if the tenant may not use the name."""
+        await self._declarations.catch_up(adapter)
         tenant.check_adapter(self._registry.named(adapter))
         return self._registry.resolve(adapter, session or new_session())
 

@@ -77,7 +77,7 @@ class Service:
         self.adapters = Adapters(keys, administration, uploads, declarations, suggestions, lambda: self._known_model)
         self._preparation = Preparation(replicas, suggestions, lambda: self._known_model)
         self.requests = Requests(
-            replicas, administration.registry, self._preparation, max_queue, telemetry, journal, limits
+            replicas, administration.registry, declarations, self._preparation, max_queue, telemetry, journal, limits
         )
         self.pooling = Pooling(keys, self.requests, telemetry, lambda: self._known_model)
         self._model: Model | None = None
@@ -165,9 +165,9 @@ class Service:
                     for each in saved[:1]:  # all have one id
                         await self.requests.end_former(each.record.request_id, tenant)
                     parts = [
-                        self.requests.resumed(part, tenant, each)
+                        await self.requests.resumed(part, tenant, each)
                         if each
-                        else replace(part, adapter=self.requests.resolve(part.adapter, tenant, session))
+                        else replace(part, adapter=await self.requests.resolve(part.adapter, tenant, session))
                         for part, each in zip_longest(request.parts(), saved)
                     ]
                     visit = visit or await self.requests.visit(tenant, arrived, parts)
@@ -247,4 +247,4 @@ class Service:
         tenant, found = self.keys.tenant(key), Violations()
         check_adapter(adapter, self.info.adapter_sources, found)
         found.raise_any()
-        return await self._preparation.place(self.requests.resolve(adapter, tenant, session), tenant)
+        return await self._preparation.place(await self.requests.resolve(adapter, tenant, session), tenant)
