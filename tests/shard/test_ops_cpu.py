@@ -60,6 +60,9 @@ def test_a_linear_layer_of_any_shape(
     b = random(seed + 2, features[1], dtype=dtype) if bias else None
     expected = REFERENCE.linear(x.float(), REFERENCE.pack(matrix.float()), None if b is None else b.float())
     assert_close(cpu.linear(x, cpu.pack(matrix), b), expected.to(dtype))
+    around = torch.zeros(tokens + 2, features[1], dtype=dtype)
+    cpu.put_linear(around[1:-1], x, cpu.pack(matrix), b)
+    assert around[1:-1].equal(cpu.linear(x, cpu.pack(matrix), b)) and not around[[0, -1]].any()
 
 
 @many
@@ -177,6 +180,10 @@ def test_upcasting_and_finding_finite_rows(
     assert wide.dtype == torch.float32
     assert wide.nan_to_num(5).equal(expected.nan_to_num(5))
     assert finite.equal(expected_finite)
+    for width in (n - 1, n + 1, n + 40):
+        wider, finite = cpu.upcast(x, width=width)
+        assert wider.nan_to_num(5).equal(REFERENCE.upcast(x, width=width)[0].nan_to_num(5))
+        assert finite.equal(expected_finite)
 
 
 def test_large_negative_gates_close_and_large_positive_ones_open(cpu: CpuOperations) -> None:

@@ -80,6 +80,7 @@ def test_logits_and_which_of_their_rows_are_finite(dtype: torch.dtype) -> None:
         (actual, finite), (expected, expected_finite) = (ops.upcast(x, 3.0, cap) for ops in (CUDA, REFERENCE))
         assert finite.equal(expected_finite) and finite.tolist() == [True, False, False, True, False]
         assert_close(actual[finite], expected[finite])
+    assert CUDA.upcast(x, width=2503)[0][:, 2500:].isneginf().all()
 
 
 @few

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from loraplex_shard.ops.base import Operations
 from loraplex_shard.shapes.batch import Segment
@@ -24,11 +23,10 @@ def put_own_logits(ops: Operations, out: torch.Tensor, hidden: torch.Tensor, seg
         own = segment.adapter.own.head
         if own is not None and len(own.ids):
             run = slice(segment.start, segment.stop)
-            outputs = ops.linear(hidden[run], own.rows, own.biases)
             if len(own.ids) == out.shape[1]:
-                out[run] = outputs
+                ops.put_linear(out[run], hidden[run], own.rows, own.biases)
             else:
-                out[run].index_copy_(1, own.ids, outputs)
+                out[run].index_copy_(1, own.ids, ops.linear(hidden[run], own.rows, own.biases))
 
 
 def with_vocabularies(
@@ -41,12 +39,10 @@ def with_vocabularies(
 ) -> Scored:
     """The logits [n, vocab_size] of outputs of the lm head and of hidden [n, hidden], and whether they are finite [n].
     The vocabulary is the largest one of the adapters; tokens that a row's adapter does not have get -inf."""
-    logits, finite = ops.upcast(outputs, scale, soft_cap)
-    vocab_size = logits.shape[1]
+    vocab_size = outputs.shape[1]
     owned = [(segment, own) for segment in segments if (own := segment.adapter.own.head) is not None]
     widest = max((own.vocab_size for _, own in owned), default=0)
-    if widest > vocab_size:
-        logits = F.pad(logits, (0, widest - vocab_size), value=-torch.inf)
+    logits, finite = ops.upcast(outputs, scale, soft_cap, widest)
     for segment, own in owned:
         run = slice(segment.start, segment.stop)
         if own.added is not None:

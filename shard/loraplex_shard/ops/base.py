@@ -117,6 +117,10 @@ class Operations(Protocol):
         """
         ...
 
+    def put_linear(self, out: torch.Tensor, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> None:
+        """Writes what `linear` returns to `out` [tokens, out_features], which is contiguous."""
+        ...
+
     def add_lora_delta(
         self, out: torch.Tensor, x: torch.Tensor, segments: Step | Segments, layout: LinearLayout
     ) -> None:
@@ -190,10 +194,13 @@ class Operations(Protocol):
         result is multiplied by the second half (arXiv 2002.05202)."""
         ...
 
-    def upcast(self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def upcast(
+        self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0, width: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns x [rows, n] times scale in float32, and whether all numbers of a row are finite: [rows] bool.
 
-        With a soft cap, each number becomes soft_cap * tanh(number / soft_cap).
+        With a soft cap, each number becomes soft_cap * tanh(number / soft_cap). Rows of fewer than `width` numbers are
+        filled up with -inf.
         """
         ...
 

@@ -89,6 +89,11 @@ class ReferenceOperations(ExpertOperations):
         out = F.linear(rounded, weight.matrix).to(x.dtype)
         return out if bias is None else out.add_(bias)
 
+    def put_linear(
+        self, out: torch.Tensor, x: torch.Tensor, weight: ReferenceWeight, bias: torch.Tensor | None = None
+    ) -> None:
+        out.copy_(self.linear(x, weight, bias))
+
     def add_lora_delta(
         self, out: torch.Tensor, x: torch.Tensor, segments: ReferenceStep | Segments, layout: LinearLayout
     ) -> None:
@@ -130,10 +135,13 @@ class ReferenceOperations(ExpertOperations):
             up = up.clamp(-LIMIT, LIMIT) + 1
         return FUNCTIONS[function](gate).mul_(up)
 
-    def upcast(self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def upcast(
+        self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0, width: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         wide = x.float() * scale
         finite = wide.sum(-1).isfinite()  # in float32: the sum of large float16 logits would overflow
-        return (soft_cap * (wide / soft_cap).tanh() if soft_cap else wide), finite
+        logits = soft_cap * (wide / soft_cap).tanh() if soft_cap else wide
+        return F.pad(logits, (0, max(width - x.shape[1], 0)), value=-torch.inf), finite
 
     def head_squares(self, qkv: torch.Tensor, heads: Heads, query: float, key: float) -> torch.Tensor:
         keys = heads.query * heads.dim

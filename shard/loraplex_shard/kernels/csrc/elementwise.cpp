@@ -3,6 +3,9 @@
 #include "own_weights.h"
 #include "team.h"
 
+#include <algorithm>
+#include <cmath>
+
 namespace loraplex {
 namespace {
 
@@ -138,7 +141,8 @@ void activate_row(const T* x, const T* up, long n, T* out) {
 }
 
 template <class T>
-void upcast(int threads, long rows, long n, const T* x, float scale, float soft_cap, float* out, std::uint8_t* finite) {
+void upcast(int threads, long rows, long n, const T* x, float scale, float soft_cap, long width, float* out,
+            std::uint8_t* finite) {
     std::memset(finite, 1, rows);
     long parts = (n + SMALL - 1) / SMALL;  // parts per row, since there may be a single row as long as the vocabulary
     parallel_for(rows * n > SMALL ? threads : 1, rows * parts, [&](long i) {
@@ -149,8 +153,9 @@ void upcast(int threads, long rows, long n, const T* x, float scale, float soft_
             int count = lanes_at(j, part.end);
             Floats v = load_first(x + row * n + j, count) * splat(scale);
             nothing = fma(v, zeros(), nothing);
-            store_first(out + row * n + j, soft_cap > 0 ? soft_capped(v, soft_cap) : v, count);
+            store_first(out + row * width + j, soft_cap > 0 ? soft_capped(v, soft_cap) : v, count);
         }
+        if (part.end == n) std::fill(out + row * width + n, out + (row + 1) * width, -INFINITY);
         if (sum(nothing) != 0) std::atomic_ref(finite[row]).store(0, std::memory_order_relaxed);
     });
 }
@@ -210,11 +215,13 @@ EXPORT void activate(int threads, int kind, int function, int gated, long rows, 
     });
 }
 
-// x [rows, n] times scale -> out [rows, n] float32. If soft_cap is not 0, out becomes soft_cap * tanh(out / soft_cap).
-// finite [rows] is 1 if all numbers of a row are finite, else 0.
-EXPORT void upcast(int threads, int kind, long rows, long n, const void* x, float scale, float soft_cap, float* out,
-                   std::uint8_t* finite) {
-    with_type(kind, [&](auto* t) { loraplex::upcast(threads, rows, n, (decltype(t))x, scale, soft_cap, out, finite); });
+// x [rows, n] times scale -> out [rows, width] float32. If soft_cap is not 0, out becomes soft_cap * tanh(out /
+// soft_cap). Columns from n on are -inf. finite [rows] is 1 if all numbers of a row of x are finite, else 0.
+EXPORT void upcast(int threads, int kind, long rows, long n, const void* x, float scale, float soft_cap, long width,
+                   float* out, std::uint8_t* finite) {
+    with_type(kind, [&](auto* t) {
+        loraplex::upcast(threads, rows, n, (decltype(t))x, scale, soft_cap, width, out, finite);
+    });
 }
 
 // For each token, the scaled sums of the squares of its first `queries` numbers and of the next `keys` numbers:

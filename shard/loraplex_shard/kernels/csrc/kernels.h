@@ -41,8 +41,8 @@
     KERNEL(void, activate,                                                                                             \
            (int threads, int kind, int function, int gated, long rows, long n, const void* x, void* out))              \
     KERNEL(void, upcast,                                                                                               \
-           (int threads, int kind, long rows, long n, const void* x, float scale, float soft_cap, float* out,          \
-            std::uint8_t* finite))                                                                                     \
+           (int threads, int kind, long rows, long n, const void* x, float scale, float soft_cap, long width,          \
+            float* out, std::uint8_t* finite))                                                                                     \
     KERNEL(void, head_squares,                                                                                         \
            (int threads, int kind, long tokens, const void* qkv, long stride, long queries, long keys,                 \
             float query_scale, float key_scale, float* out))                                                           \

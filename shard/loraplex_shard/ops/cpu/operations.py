@@ -84,13 +84,18 @@ class CpuOperations(CpuExpertOperations):
         return out
 
     def linear(self, x: torch.Tensor, weight: CpuWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        rows = x.shape[0]
-        out = self._empty((rows, weight.rows), x.dtype)
+        out = self._empty((x.shape[0], weight.rows), x.dtype)
+        self.put_linear(out, x, weight, bias)
+        return out
+
+    def put_linear(
+        self, out: torch.Tensor, x: torch.Tensor, weight: CpuWeight, bias: torch.Tensor | None = None
+    ) -> None:
         self._call(
             "quantized_linear" if isinstance(weight, IntegerWeight) else "linear",
             threads=self._threads,
             kind=KINDS[x.dtype],
-            m=rows,
+            m=x.shape[0],
             n=weight.rows,
             k=weight.columns,
             x=x.data_ptr(),
@@ -99,7 +104,6 @@ class CpuOperations(CpuExpertOperations):
             out=out.data_ptr(),
             **_format(weight),
         )
-        return out
 
     def add_lora_delta(
         self, out: torch.Tensor, x: torch.Tensor, segments: CpuStep | Segments, layout: LinearLayout
@@ -164,9 +168,12 @@ class CpuOperations(CpuExpertOperations):
         )
         return out
 
-    def upcast(self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def upcast(
+        self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0, width: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rows, n = x.shape
-        out, finite = torch.empty((rows, n)), torch.empty(rows, dtype=torch.bool)
+        width = max(n, width)
+        out, finite = torch.empty((rows, width)), torch.empty(rows, dtype=torch.bool)
         self._kernels.call(
             "upcast",
             threads=self._threads,
@@ -176,6 +183,7 @@ class CpuOperations(CpuExpertOperations):
             x=x.data_ptr(),
             scale=scale,
             soft_cap=soft_cap,
+            width=width,
             out=out.data_ptr(),
             finite=finite.data_ptr(),
         )

@@ -122,6 +122,11 @@ class CudaOperations(ExpertOperations):
             return linear_float8(x, weight, bias)
         return F.linear(x, weight.matrix, bias)
 
+    def put_linear(
+        self, out: torch.Tensor, x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None = None
+    ) -> None:
+        out.copy_(self.linear(x, weight, bias))
+
     def add_lora_delta(
         self, out: torch.Tensor, x: torch.Tensor, segments: CudaStep | Segments, layout: LinearLayout
     ) -> None:
@@ -163,8 +168,11 @@ class CudaOperations(ExpertOperations):
     def activate(self, x: torch.Tensor, function: Activation, gated: bool) -> torch.Tensor:
         return elementwise.activate(x, function, gated)
 
-    def upcast(self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        return elementwise.upcast(x, scale, soft_cap)
+    def upcast(
+        self, x: torch.Tensor, scale: float = 1.0, soft_cap: float = 0.0, width: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, finite = elementwise.upcast(x, scale, soft_cap)
+        return F.pad(logits, (0, max(width - x.shape[1], 0)), value=-torch.inf), finite
 
     def head_squares(self, qkv: torch.Tensor, heads: Heads, query: float, key: float) -> torch.Tensor:
         queries = heads.query * heads.dim
