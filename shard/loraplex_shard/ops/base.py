@@ -113,7 +113,7 @@ class Operations(Protocol):
         """x [tokens, in_features] -> [tokens, out_features], summed in float32.
 
         If the weight is quantized, x is rounded: to float8 with a scale per token if the weight is float8, else to 8
-        bits in groups of the weight's group size, each with its own scale.
+        bits in groups of the weight's group size, each with its own scale; or to bfloat16, which is more exact.
         """
         ...
 

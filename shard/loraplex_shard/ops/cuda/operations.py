@@ -12,11 +12,12 @@ import torch.nn.functional as F
 
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Routing, Segments
-from loraplex_shard.ops.cuda import elementwise, quantized
+from loraplex_shard.ops.cuda import elementwise, int4, quantized
 from loraplex_shard.ops.cuda.attention import attention
 from loraplex_shard.ops.cuda.experts import FloatExperts
 from loraplex_shard.ops.cuda.float8 import Float8Weight, linear_float8
 from loraplex_shard.ops.cuda.graphs import Record, Recordings
+from loraplex_shard.ops.cuda.int4 import Int4Weight, linear_int4
 from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
 from loraplex_shard.ops.cuda.quantized import IntegerWeight
 from loraplex_shard.ops.cuda.rotary import rotate_and_write
@@ -40,14 +41,21 @@ class FloatWeight:
     def nbytes(self) -> int:
         return self.matrix.nbytes
 
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.matrix)
+
     def part(self, rows: slice) -> "FloatWeight":
         return FloatWeight(self.matrix[rows])
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        return F.embedding(indices, self.matrix)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "FloatWeight":
         return FloatWeight(function(self.matrix))
 
 
-CudaWeight = FloatWeight | IntegerWeight | Float8Weight
+CudaWeight = FloatWeight | IntegerWeight | Int4Weight | Float8Weight
 
 
 def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -75,6 +83,8 @@ class CudaOperations(ExpertOperations):
         match matrix:
             case torch.Tensor():
                 return FloatWeight(matrix)
+            case QuantizedMatrix() if int4.fits(matrix, self._device):
+                return int4.pack(matrix, self._device)
             case QuantizedMatrix():
                 return quantized.pack(matrix, self._device)
             case _:
@@ -108,9 +118,8 @@ class CudaOperations(ExpertOperations):
         ids = step.batch.token_ids
         own = any(segment.adapter.own.embedding for segment in step.batch.segments)
         if own:
-            ids = ids.clamp(max=len(weight.values if isinstance(weight, IntegerWeight) else weight.matrix) - 1)
-        rows = weight.rows(ids) if isinstance(weight, IntegerWeight) else F.embedding(ids, weight.matrix)
-        out = rows.to(dtype) * scale
+            ids = ids.clamp(max=len(weight) - 1)
+        out = weight.rows(ids).to(dtype) * scale
         if own:
             put_own_embeddings(out, step.batch)
         return out
@@ -118,6 +127,8 @@ class CudaOperations(ExpertOperations):
     def linear(self, x: torch.Tensor, weight: CudaWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(weight, IntegerWeight):
             return quantized.linear(x, weight, bias)
+        if isinstance(weight, Int4Weight):
+            return linear_int4(x, weight, bias)
         if isinstance(weight, Float8Weight):
             return linear_float8(x, weight, bias)
         return F.linear(x, weight.matrix, bias)

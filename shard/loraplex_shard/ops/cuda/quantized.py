@@ -35,6 +35,10 @@ class IntegerWeight:
     def nbytes(self) -> int:
         return self.values.nbytes + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
 
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.values)
+
     def part(self, rows: slice) -> "IntegerWeight":
         offsets = None if self.offsets is None else self.offsets[:, rows]
         return IntegerWeight(self.values[rows], self.scales[:, rows], offsets, self.columns, self.group)
