@@ -11,7 +11,8 @@ from loraplex_protos.mtls import MtlsSettings
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["auto", "none", "int8", "int4", "fp8"]
-HeldDtype = Literal["auto", "int8"]
+KvDtype = Literal["auto", "int8", "fp8"]
+AdapterDtype = Literal["auto", "int8"]
 
 
 class SettingsError(LoraplexError):
@@ -45,11 +46,12 @@ class ModelSettings(BaseModel):
         "the checkpoint already has them; embedding and head stay at int8 or, with fp8, use the dtype. fp8 is for GPUs "
         "of compute capability 8.9 or above. none: all use the dtype.",
     )
-    kv_dtype: HeldDtype = Field(
+    kv_dtype: KvDtype = Field(
         "auto",
-        description="Data type of the KV cache. auto: the dtype. int8: half the memory, with a scale per position.",
+        description="Data type of the KV cache. auto: the dtype. int8, fp8: half the memory, with a scale per position "
+        "and head. fp8 is for GPUs of compute capability 8.9 or above.",
     )
-    adapter_dtype: HeldDtype = Field(
+    adapter_dtype: AdapterDtype = Field(
         "auto",
         description="Data type of adapters. auto: the dtype. int8: half the memory; one scale per lora_rank.",
     )

@@ -77,7 +77,7 @@ def filled_cache(
         if dtype == torch.int8:
             tensor.random_(-127, 128, generator=generator)
         else:
-            tensor.normal_(generator=generator)
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
     for scales in (layer.key_scales, layer.value_scales):
         if scales is not None:
             scales.uniform_(0.001, 0.02, generator=generator)
@@ -102,7 +102,7 @@ def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
 
 
 def cached(layer: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys and values in a layer's cache; for int8, with the scales applied."""
+    """The keys and values in a layer's cache, with their scales, if any, applied."""
     if layer.key_scales is None or layer.value_scales is None:
         return layer.keys, layer.values
-    return layer.keys * layer.key_scales[:, :, None], layer.values * layer.value_scales[..., None]
+    return layer.keys.float() * layer.key_scales[:, :, None], layer.values.float() * layer.value_scales[..., None]

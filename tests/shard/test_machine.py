@@ -56,6 +56,14 @@ def test_float8_is_refused_where_the_device_does_not_multiply_it(
     assert machine.pick_quantize("fp8", checkpoint, CUDA) == "fp8"
 
 
+def test_a_float8_cache_is_refused_where_the_device_does_not_compute_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match=r"kv_dtype: fp8 is for GPUs .* 8\.9 or above; set it to int8 here"):
+        machine.pick_kv_dtype("fp8", torch.bfloat16, CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert machine.pick_kv_dtype("fp8", torch.bfloat16, CUDA) == torch.float8_e4m3fn
+    assert machine.pick_kv_dtype("auto", torch.bfloat16, CUDA) == torch.bfloat16
+
+
 def test_the_device_determines_the_operations() -> None:
     assert isinstance(choose_operations(CUDA, torch.float16, None), CudaOperations)
     assert isinstance(choose_operations(CPU, torch.float16, None), ReferenceOperations)

@@ -82,8 +82,8 @@ def test_attention_over_any_mix_of_chunks_equals_the_formula(
     torch.testing.assert_close(actual, expected.flatten(1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_keys_and_values_are_only_written_to_their_indices(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0), (torch.int8, 0.03), (torch.float8_e4m3fn, 0.2)])
+def test_keys_and_values_are_only_written_to_their_indices(dtype: torch.dtype, tolerance: float) -> None:
     batch, num_blocks = paged_batch([(4, 1), (18, 2)], seed=0)
     heads = Heads(query=2, kv=1, dim=HEAD_DIM)
     (cache,) = filled_cache(num_blocks, heads, dtype, 0).layers
@@ -95,7 +95,6 @@ def test_keys_and_values_are_only_written_to_their_indices(dtype: torch.dtype) -
         key, value = cache.keys[block, 0, :, offset].float(), cache.values[block, 0, offset].float()
         if cache.key_scales is not None and cache.value_scales is not None:
             key, value = key * cache.key_scales[block, 0, offset], value * cache.value_scales[block, 0, offset]
-        tolerance = 0.03 if dtype == torch.int8 else 0
         torch.testing.assert_close(key, qkv[token, 2 * HEAD_DIM : 3 * HEAD_DIM], rtol=0, atol=tolerance)
         torch.testing.assert_close(value, qkv[token, 3 * HEAD_DIM :], rtol=0, atol=tolerance)
         before[0][block, 0, :, offset], before[1][block, 0, offset] = (

@@ -27,6 +27,7 @@ from loraplex_shard.ops.quantized import FLOAT8, quantize, to_float8
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.cache import SCALED
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
 from tests.shard.decoders import Sequences, adapter_for, load, save_checkpoint
@@ -97,7 +98,8 @@ def test_a_quantized_linear_layer_of_any_shape(
     x = random(seed, tokens, features[0], dtype=dtype)
     matrix = quantize(random(seed + 1, *features[::-1]), bits)
     bias = random(seed + 2, features[1], dtype=dtype) if seed % 2 else None
-    actual, expected = CUDA.linear(x, CUDA.pack(matrix), bias), REFERENCE.linear(x, REFERENCE.pack(matrix), bias)
+    weight = quantized.pack(matrix, DEVICE)
+    actual, expected = CUDA.linear(x, weight, bias), REFERENCE.linear(x, REFERENCE.pack(matrix), bias)
     assert_close(actual, expected, factor=2)
 
 
@@ -173,6 +175,7 @@ MIXED = [(30, 1), (700, 1), (0, 9), (513, 2), (10, 40)]
         (Heads(query=9, kv=3, dim=64), MIXED, torch.float16),
         (Heads(query=4, kv=1, dim=96, window=37), MIXED, torch.float16),
         (Heads(query=4, kv=1, dim=96, window=37), MIXED, torch.int8),
+        (Heads(query=4, kv=1, dim=96, window=37), MIXED, FLOAT8),
         (Heads(query=5, kv=1, dim=128, soft_cap=3.0), MIXED, torch.float32),
         (Heads(query=8, kv=1, dim=256, window=600, soft_cap=3.0), MIXED, torch.float16),
         (Heads(query=8, kv=1, dim=256, window=600, soft_cap=3.0), MIXED, torch.int8),
@@ -184,7 +187,7 @@ MIXED = [(30, 1), (700, 1), (0, 9), (513, 2), (10, 40)]
     ],
 )
 def test_attention_over_any_mix_of_chunks(heads: Heads, chunks: list[tuple[int, int]], form: torch.dtype) -> None:
-    dtype = torch.float32 if form == torch.int8 else form
+    dtype = torch.float32 if form in SCALED else form
     batch, num_blocks = paged_batch(chunks, seed=heads.dim)
     (layer,) = filled_cache(num_blocks, heads, form, 1, positions_first=True).layers
     qkv = random(2, batch.starts[-1], heads.width, dtype=dtype)
@@ -252,7 +255,8 @@ def with_room(worklist: Worklist, room: int) -> Worklist:
     return Worklist(entries, entries, worklist.count)
 
 
-@pytest.mark.parametrize("form", [*FLOATS, torch.bfloat16, torch.int8])
+@pytest.mark.usefixtures("rounding_to_float8")
+@pytest.mark.parametrize("form", [*FLOATS, torch.bfloat16, torch.int8, FLOAT8])
 @pytest.mark.parametrize(
     ("heads", "norm", "rotary_dim", "interleaved"),
     [
@@ -266,7 +270,7 @@ def with_room(worklist: Worklist, room: int) -> Worklist:
 def test_rotation_and_writing_to_the_cache(
     heads: Heads, norm: bool, rotary_dim: int, interleaved: bool, form: torch.dtype
 ) -> None:
-    dtype = torch.float32 if form == torch.int8 else form
+    dtype = torch.float32 if form in SCALED else form
     batch, num_blocks = paged_batch([(5, 1), (14, 3), (0, 2)], seed=0)
     qkv = random(0, batch.starts[-1], heads.width, dtype=dtype)
     squares = CUDA.head_squares(qkv, heads, 0.1, 0.2) if interleaved else None
@@ -283,7 +287,7 @@ def test_rotation_and_writing_to_the_cache(
         ops.rotate_and_write(mine, heads, norms, rotary, ops.prepare(batch), layer)
         results.append((mine, *cached(layer)))
     for actual, expected in zip(*results, strict=True):
-        assert_close(actual, expected, factor=2000 if form == torch.int8 else 2)
+        assert_close(actual, expected, factor=2000 if form in SCALED else 2)
 
 
 @few

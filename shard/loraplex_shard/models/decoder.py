@@ -184,7 +184,7 @@ class Decoder(nn.Module):
         self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None, sequences: int = 0
     ) -> KVCache:
         """An empty cache of this rank's KV heads, on the decoder's device. `dtype` is the decoder's by default, or
-        torch.int8."""
+        one of SCALED."""
         dtype, first = dtype or self.dtype, self.ops.positions_first
         return KVCache(self._heads, num_blocks, block_size, dtype, self.device, positions_first=first)
 

@@ -88,8 +88,7 @@ def to_float8(matrix: torch.Tensor) -> Float8Matrix:
     """Rounds a float matrix to the nearest float8 numbers. The largest one of each row becomes MOST_FLOAT8."""
     wide = matrix.float()
     peaks = wide.abs().amax(1)
-    factors = peaks.new_tensor(MOST_FLOAT8) / peaks.where(peaks > 0, 1)  # see to_integers
-    return Float8Matrix((wide * factors[:, None]).to(FLOAT8), peaks / MOST_FLOAT8)
+    return Float8Matrix((wide * scaled_to(MOST_FLOAT8, peaks)[:, None]).to(FLOAT8), peaks / MOST_FLOAT8)
 
 
 def fits_float8(shape: tuple[int, int]) -> bool:
@@ -140,10 +139,10 @@ def _joined(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     )
 
 
-def to_integers(peaks: torch.Tensor) -> torch.Tensor:
-    """Returns the factors by which values are multiplied so that their peak becomes 127. They equal the kernels'
+def scaled_to(most: float, peaks: torch.Tensor) -> torch.Tensor:
+    """Returns the factors by which values are multiplied so that their peak becomes `most`. They equal the kernels'
     factors to the last bit, so that no value rounds to the other side of a half."""
-    return peaks.new_tensor(127) / peaks.where(peaks > 0, 1)  # torch computes 127 / peaks with the reciprocal
+    return peaks.new_tensor(most) / peaks.where(peaks > 0, 1)  # torch computes most / peaks with the reciprocal
 
 
 def rounded_to_int8(x: torch.Tensor, group: int) -> torch.Tensor:
@@ -152,7 +151,7 @@ def rounded_to_int8(x: torch.Tensor, group: int) -> torch.Tensor:
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group))
     groups = padded.view(len(x), -1, group)
     peaks = groups.abs().amax(-1, keepdim=True)
-    rounded = (groups * to_integers(peaks)).round_() * (peaks / 127)
+    rounded = (groups * scaled_to(127, peaks)).round_() * (peaks / 127)
     return rounded.view(padded.shape)[:, : x.shape[1]]
 
 

@@ -13,9 +13,9 @@ from loraplex_shard.device.parallel import Group
 from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Segments
 from loraplex_shard.ops.experts import ExpertOperations
 from loraplex_shard.ops.own_weights import norm_runs, put_own_embeddings, put_own_norms
-from loraplex_shard.ops.quantized import Quantized, QuantizedMatrix, rounded_to_float8, rounded_to_int8, to_integers
+from loraplex_shard.ops.quantized import Quantized, QuantizedMatrix, rounded_to_float8, rounded_to_int8, scaled_to
 from loraplex_shard.shapes.batch import Batch
-from loraplex_shard.shapes.cache import KVCache, LayerCache
+from loraplex_shard.shapes.cache import SCALED, KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
 
@@ -244,9 +244,9 @@ def _as_stored(heads: torch.Tensor, cache: LayerCache) -> tuple[torch.Tensor, to
     """Returns keys or values [tokens, kv_heads, dim] in the cache's dtype, and their scales [tokens, kv_heads]."""
     if cache.key_scales is None:
         return heads, heads.new_ones(heads.shape[:2])
-    peaks = heads.float().abs().amax(-1)
-    values = heads.float() * to_integers(peaks)[:, :, None]
-    return values.round_().to(torch.int8), peaks / 127
+    dtype, peaks = cache.keys.dtype, heads.float().abs().amax(-1)
+    values = heads.float() * scaled_to(SCALED[dtype], peaks)[:, :, None]
+    return (values.round_() if dtype == torch.int8 else values).to(dtype), peaks / SCALED[dtype]
 
 
 def _as_read(

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from loraplex_shard.checkpoint import Checkpoint
-from loraplex_shard.settings import Device, Dtype, ModelSettings, Quantize, SettingsError
+from loraplex_shard.settings import Device, Dtype, KvDtype, ModelSettings, Quantize, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 BATCH_TOKENS = {"cpu": 256, "cuda": 2048}  # per step: a GPU needs more to be busy, and computes them sooner
 OLDEST_GPU = 8, 0  # compute capability: Ampere, the first with bfloat16
 FLOAT8_GPU = 8, 9  # Ada and Hopper, the first that multiply float8
+_FLOAT8 = ".".join(map(str, FLOAT8_GPU))
 
 
 def pick_device(device: Device, rank: int) -> torch.device:
@@ -57,12 +58,18 @@ def pick_dtype(dtype: Dtype, config: PreTrainedConfig, device: torch.device) -> 
     return torch.float32 if stored == torch.float32 else torch.bfloat16
 
 
+def pick_kv_dtype(kv_dtype: KvDtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The KV cache's. Raises SettingsError if the device does not compute with it."""
+    if kv_dtype == "fp8" and not multiplies_float8(device):
+        raise SettingsError(f"kv_dtype: fp8 is for GPUs of compute capability {_FLOAT8} or above; set it to int8 here")
+    return {"auto": dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kv_dtype]
+
+
 def pick_quantize(quantize: Quantize, checkpoint: Checkpoint, device: torch.device) -> Quantize:
     """What becomes of the matrices; auto stays auto where the checkpoint is quantized in a form that the device
     computes with, and else is none. Raises SettingsError if the device does not compute in the wanted form."""
     if quantize == "fp8" and not multiplies_float8(device):
-        needed = ".".join(map(str, FLOAT8_GPU))
-        raise SettingsError(f"quantize: fp8 is for GPUs of compute capability {needed} or above; set it to int8 here")
+        raise SettingsError(f"quantize: fp8 is for GPUs of compute capability {_FLOAT8} or above; set it to int8 here")
     kept = checkpoint.prequantized or (checkpoint.in_float8 and multiplies_float8(device))
     return "none" if quantize == "auto" and not kept else quantize
 

@@ -190,7 +190,7 @@ def _load(
     memory.check_room_for(checkpoint, dtype, quantize, settings.tp, device)
     form = ParameterForm(dtype, device, quantize, machine.multiplies_float8(device))
     model = load_model(checkpoint, group, ops, form, max_model_len, progress)
-    kv_dtype = torch.int8 if settings.kv_dtype == "int8" else dtype
+    kv_dtype = machine.pick_kv_dtype(settings.kv_dtype, dtype, device)
     keep_freed()  # memory freed by loading is given back to the system
     adapter_dtype = torch.int8 if settings.adapter_dtype == "int8" else dtype
     files = checkpoint.tokenizer()

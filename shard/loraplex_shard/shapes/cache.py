@@ -10,6 +10,9 @@ import torch
 from loraplex_shard.device.memory import reserve
 from loraplex_shard.shapes.heads import Heads
 
+# Dtypes whose numbers have a scale per position and head, and what the largest of them is scaled to.
+SCALED = {torch.int8: 127.0, torch.float8_e4m3fn: torch.finfo(torch.float8_e4m3fn).max}
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
@@ -22,7 +25,7 @@ class LayerCache:
 
     keys: torch.Tensor  # [num_blocks, kv_heads, dim, block_size]
     values: torch.Tensor  # [num_blocks, kv_heads, block_size, value_dim]
-    key_scales: torch.Tensor | None  # [num_blocks, kv_heads, block_size] float32, if keys and values are int8
+    key_scales: torch.Tensor | None  # [num_blocks, kv_heads, block_size] float32, if the dtype is in SCALED
     value_scales: torch.Tensor | None
 
     @property
@@ -47,7 +50,7 @@ class KVCache:
     """Keys and values of all layers, in blocks of `block_size` token positions, and the states of recurrent layers, in
     `sequences` rows.
 
-    `layers` are the heads of each layer. `dtype` is the model's dtype, or torch.int8; then the key and the value of
+    `layers` are the heads of each layer. `dtype` is the model's dtype, or one of SCALED; then the key and the value of
     each position and head have a scale. `positions_first` is the form that the operations read. Memory that has not
     been written yet is only reserved, and its content is undefined.
     """
@@ -79,7 +82,7 @@ class KVCache:
     @staticmethod
     def block_bytes(layers: Sequence[Heads], block_size: int, dtype: torch.dtype) -> int:
         """The size of one block in all layers, in bytes."""
-        scales = 2 * torch.float32.itemsize if dtype == torch.int8 else 0
+        scales = 2 * torch.float32.itemsize if dtype in SCALED else 0
         head = sum(heads.kv * ((heads.dim + heads.value_dim) * dtype.itemsize + scales) for heads in layers)
         return block_size * head
 
@@ -97,7 +100,7 @@ def _layer(
         keys = _empty((num_blocks, heads.kv, heads.dim, block_size), dtype, device)
         values = _empty((*positions, heads.value_dim), dtype, device)
     key_scales = value_scales = None
-    if dtype == torch.int8:
+    if dtype in SCALED:
         key_scales, value_scales = torch.empty((2, *positions), dtype=torch.float32, device=device)
     return LayerCache(keys, values, key_scales, value_scales)
 

@@ -143,7 +143,7 @@ def _attention(
             block = tl.load(tables + sequence * table_width + seen // BLOCK_SIZE, inside, 0).to(tl.int64)
             cache_place = (block * BLOCK_SIZE + offset) * KV + kv_head
             key_place = cache_place[:, None] * DIM + lane[None, :]
-            key = tl.load(keys + key_place, inside[:, None] & (lane < DIM)[None, :], 0)
+            key = tl.load(keys + key_place, inside[:, None] & (lane < DIM)[None, :], 0.0)
             scores = tl.dot(query, tl.trans(key.to(dtype)), input_precision="ieee") * scale
             scale_place = (block * KV + kv_head) * BLOCK_SIZE + offset
             if key_scales is not None:
@@ -157,7 +157,7 @@ def _attention(
             chances = tl.exp(scores - higher[:, None])
             total = total * shrink + tl.sum(chances, 1)
             value_place = cache_place[:, None] * VALUE_DIM + value_lane[None, :]
-            value = tl.load(values + value_place, inside[:, None] & (value_lane < VALUE_DIM)[None, :], 0)
+            value = tl.load(values + value_place, inside[:, None] & (value_lane < VALUE_DIM)[None, :], 0.0)
             if value_scales is not None:
                 value_scale = tl.load(value_scales + scale_place, inside, 0.0)
                 if dtype == tl.float16:  # a small probability times a small scale underflows in float16

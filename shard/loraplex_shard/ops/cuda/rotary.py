@@ -7,7 +7,7 @@ import triton.language as tl
 from loraplex_shard.ops.base import HeadNorms, Rotary
 from loraplex_shard.ops.cuda.quantized import nearest
 from loraplex_shard.shapes.batch import Batch
-from loraplex_shard.shapes.cache import LayerCache
+from loraplex_shard.shapes.cache import SCALED, LayerCache
 from loraplex_shard.shapes.heads import Heads
 
 
@@ -37,6 +37,7 @@ def rotate_and_write(
         VALUE_DIM=heads.value_dim,
         ROTATED=0 if rotary is None else rotary.cos.shape[1],
         INTERLEAVED=rotary is not None and rotary.interleaved,
+        MOST=SCALED.get(cache.keys.dtype, 0.0),
         LANES=triton.next_power_of_2((max(heads.dim, heads.value_dim) + 1) // 2),
         BLOCK_SIZE=block_size,
         num_warps=1,
@@ -64,6 +65,7 @@ def _rotate_and_write(
     VALUE_DIM: tl.constexpr,
     ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    MOST: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -110,10 +112,12 @@ def _rotate_and_write(
         kv_head = (head - QUERY) % KV
         if key_scales is not None:
             peak = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)
-            inverse = 127 / tl.where(peak > 0, peak, 1.0)
-            first, second = nearest(first * inverse), nearest(second * inverse)
+            inverse = MOST / tl.where(peak > 0, peak, 1.0)
+            first, second = first * inverse, second * inverse
+            if keys.dtype.element_ty == tl.int8:
+                first, second = nearest(first), nearest(second)
             scale_place = (block * KV + kv_head) * BLOCK_SIZE + offset
-            tl.store((value_scales if is_value else key_scales) + scale_place, peak / 127)
+            tl.store((value_scales if is_value else key_scales) + scale_place, peak / MOST)
         to = (values if is_value else keys) + (index * KV + kv_head) * dim
         tl.store(to + one, first.to(keys.dtype.element_ty), one < dim)
         tl.store(to + other, second.to(keys.dtype.element_ty), other < dim)
