@@ -178,6 +178,19 @@ class Stepper:
         ids = Random(row).choices(range(self.decoder.vocab_size), k=tokens)
         return SequenceStart(row=row, tokens=ids, prompt_length=tokens, computed=computed, sampling=sampling)
 
+    def linears(self, batch: int) -> Callable[[], None]:
+        """Only the products with matrices, of one token of each sequence: one layer after the other."""
+        layers, ops = self._linears(), self.decoder.ops
+        widths = [len(range(*layer.layout.columns.indices(layer.layout.in_features))) for layer in layers]
+        inputs = {width: torch.randn(batch, width, device=self.decoder.device) for width in widths}
+        inputs = {width: x.to(self.decoder.dtype) for width, x in inputs.items()}
+
+        def multiply() -> None:
+            for layer, width in zip(layers, widths, strict=True):
+                ops.linear(inputs[width], layer.weight, layer.bias)
+
+        return multiply
+
     def attention(self, batch: int, context: int) -> Callable[[], None]:
         """Only the attention of one token of each sequence, in one layer after the other: too much for the processor's
         cache."""
@@ -201,6 +214,8 @@ class Stepper:
 def _fill(tensor: torch.Tensor) -> None:
     if tensor.dtype == torch.int8:
         tensor.random_(-99, 100)
+    elif tensor.dtype.itemsize == 1:  # float8, which has no random numbers of its own
+        tensor.copy_(torch.empty(tensor.shape, dtype=torch.bfloat16, device=tensor.device).uniform_(-0.5, 0.5))
     else:
         tensor.uniform_(-0.5, 0.5)
 

@@ -18,7 +18,9 @@ What = Literal["check", "speed", "profile", "all"]
 def gpu(
     what: Annotated[What, typer.Argument(help="What to run: what is right, how fast it is, where time goes.")] = "all",
     device: Annotated[DeviceName, typer.Option(help="cpu: tiny, with the kernels in Triton's interpreter.")] = "cuda",
-    output: Annotated[Path, typer.Option("--json", help="JSON file to write everything to.")] = Path("gpu.json"),
+    output: Annotated[
+        Path, typer.Option("--json", help="JSON file to write everything to; a trace goes beside it.")
+    ] = Path("gpu.json"),
     minutes: Annotated[float, typer.Option(help="When to end, whatever has not been checked by then.")] = 9.0,
 ) -> None:
     """Check and measure the shard on one GPU. The exit status is 1 if a check failed."""
@@ -30,9 +32,9 @@ def gpu(
     # The libraries are imported once, by the process that all others are forked from.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.gpu.sections"])
-    from bench.gpu.sections import SECTIONS
+    from bench.gpu.sections import sections
 
-    chosen = [section for section in SECTIONS if what in ("all", section.kind)]
+    chosen = [section for section in sections(output.parent.resolve()) if what in ("all", section.kind)]
     scale = minutes * 60 / sum(section.seconds for section in chosen)
     results: list[Result] = []
     deadline = began

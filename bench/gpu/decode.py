@@ -12,7 +12,7 @@ import torch
 from bench.engine.stepping import Stepper
 from bench.gpu.check import Check, DeviceName, Row
 from bench.gpu.checkpoints import load, many_adapters, real, tiny
-from bench.gpu.environment import ceilings
+from bench.gpu.environment import captured, ceilings, seconds
 from loraplex_shard.serving.memory import BLOCK_SIZE
 from loraplex_shard.settings import Quantize
 
@@ -84,6 +84,7 @@ OTHER = {
     "int4": Form(quantize="int4"),
     "fp8": Form(quantize="fp8"),
     "KV cache int8": Form(kv_dtype=torch.int8),
+    "KV cache fp8": Form(kv_dtype=torch.float8_e4m3fn),
 }
 
 
@@ -139,7 +140,15 @@ def _decode(device: DeviceName, form: Form, load_: Load) -> Row:
         "floor, ms": floor * 1e3,
         "floor ÷ time": floor / spent,
         "wanted": "" if wanted is None else wanted,
+        "linears alone, ms": (alone := _linears_alone(device, form, load_.batch)) * 1e3,
+        "linears ÷ time": alone / spent,
     }
+
+
+@cache
+def _linears_alone(device: DeviceName, form: Form, batch: int) -> float:
+    """Seconds of torch's products alone, recorded as one graph: what remains if all else cost nothing."""
+    return seconds(device, captured(device, make_stepper(device, form).linears(batch)))
 
 
 def _prompt(device: DeviceName, tokens: int, adapters: int) -> Row:

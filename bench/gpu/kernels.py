@@ -5,38 +5,37 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from bench.gpu.batches import batch_of
 from bench.gpu.check import Check, DeviceName, Row
 from bench.gpu.checkpoints import many_adapters
-from bench.gpu.decode import SIZES, make_stepper
+from bench.gpu.decode import make_stepper
 from bench.gpu.environment import captured, ceilings, seconds
 from loraplex_shard.ops.base import Norm
-from loraplex_shard.ops.cuda import attention, elementwise, experts, lora, quantized, rotary
+from loraplex_shard.ops.cuda import attention, elementwise, experts, int4, lora, quantized, rotary
 from loraplex_shard.ops.quantized import quantize
 from loraplex_shard.shapes.batch import Segment
 
-MODULES = attention, elementwise, experts, lora, quantized, rotary
+MODULES = attention, elementwise, experts, int4, lora, quantized, rotary
+OUR_INT4 = "int4 by our kernels"  # which are for shapes that torch's product does not take
 
 
 def checks(device: DeviceName) -> Iterator[Check]:
     full = device == "cuda"
-    for batch, context in ((1, 1024), (1, 8192), (32, 1024), (256, 1024)) if full else ((1, 20),):
-        yield Check(f"attention, batch {batch}, context {context}", partial(_decode_attention, device, batch, context))
-    for tokens in (2048, 8192) if full else (20,):
-        yield Check(f"attention of a prompt, {tokens} tokens", partial(_prompt_attention, device, tokens))
     for tokens, adapters in ((1, 1), (32, 1), (32, 32), (128, 32), (2048, 1)) if full else ((3, 2),):
         yield Check(f"adapters, {tokens} tokens, {adapters} adapters", partial(_lora, device, tokens, adapters))
-    for form in ("none", "int8", "int4"):
-        for tokens in (1, 32, 256, 2048) if full else (3,):
+    for form in ("none", "int8", "int4", OUR_INT4):
+        for tokens in (1, 16, 64, 128, 256, 2048) if full else (3,):
             yield Check(f"linear, {form}, {tokens} tokens", partial(_linear, device, form, tokens))
     for tokens in (1, 256, 2048) if full else (3,):
         yield Check(f"norm and activation, {tokens} tokens", partial(_elementwise, device, tokens))
-    yield Check("registers", _compiled)
+    yield Check("registers", compiled)
 
 
-def _row(device: DeviceName, kernel: str, shape: str, work: Callable[[], object], read: float, flops: float) -> Row:
+def kernel_row(
+    device: DeviceName, kernel: str, shape: str, work: Callable[[], object], read: float, flops: float
+) -> Row:
+    """The kernel's speed, if it moves that many bytes and computes that many products and sums."""
     spent, found = seconds(device, captured(device, work)), ceilings(device)
     floor = max(read / found.bytes_per_second, flops / found.flops)
     return {
@@ -47,30 +46,6 @@ def _row(device: DeviceName, kernel: str, shape: str, work: Callable[[], object]
         "TFLOP/s": flops / spent / 1e12,
         "floor ÷ time": floor / spent,
     }
-
-
-def _decode_attention(device: DeviceName, batch: int, context: int) -> Row:
-    """In all layers, one after the other."""
-    stepper = make_stepper(device)
-    context = min(context, SIZES[device].max_model_len)
-    work, read = stepper.attention(batch, context), stepper.kv_bytes(batch, context)
-    return _row(device, "attention", f"batch {batch}, context {context}", work, read, 0)
-
-
-def _prompt_attention(device: DeviceName, tokens: int) -> list[Row]:
-    """Beside torch's, which has the keys and values in one piece."""
-    stepper = make_stepper(device)
-    ops, where, dtype = stepper.decoder.ops, stepper.decoder.device, stepper.decoder.dtype
-    heads, layer = stepper.decoder.layers[0].attention.heads, stepper.cache.layers[0]
-    step = ops.prepare(batch_of([(0, tokens)], where)[0])
-    qkv = torch.randn(tokens, heads.width, device=where).to(dtype)
-    q, k, v = torch.randn(3, 1, heads.query, tokens, heads.dim, device=where).to(dtype)
-    flops = 2.0 * tokens**2 * heads.query * heads.dim  # two products, of which half is masked
-    works: dict[str, Callable[[], object]] = {
-        "attention": lambda: ops.attention(qkv, heads, step, layer),
-        "torch's": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-    }
-    return [_row(device, name, f"prompt of {tokens}", work, 0, flops) for name, work in works.items()]
 
 
 def _lora(device: DeviceName, tokens: int, count: int) -> Row:
@@ -92,7 +67,7 @@ def _lora(device: DeviceName, tokens: int, count: int) -> Row:
     tensors = [tensor for layout in layouts for tensor in adapters[0].layers[layout.name].tensors]
     read = count * sum(tensor.nbytes for tensor in tensors)
     flops = 2.0 * tokens * sum(tensor.numel() for tensor in tensors)
-    return _row(device, "adapters' qkv, all layers", f"{tokens} tokens, {count} adapters", work, read, flops)
+    return kernel_row(device, "adapters' qkv, all layers", f"{tokens} tokens, {count} adapters", work, read, flops)
 
 
 def _linear(device: DeviceName, form: str, tokens: int) -> Row:
@@ -100,12 +75,15 @@ def _linear(device: DeviceName, form: str, tokens: int) -> Row:
     ops, where, dtype = stepper.decoder.ops, stepper.decoder.device, stepper.decoder.dtype
     outputs, inputs = (28_672, 4096) if device == "cuda" else (64, 64)
     matrix = torch.randn(outputs, inputs, device=where)
-    weight = ops.pack(matrix.to(dtype) if form == "none" else quantize(matrix, {"int8": 8, "int4": 4}[form]))
+    if form == OUR_INT4:
+        weight = quantized.pack(quantize(matrix, 4), where)
+    else:
+        weight = ops.pack(matrix.to(dtype) if form == "none" else quantize(matrix, {"int8": 8, "int4": 4}[form]))
     x = torch.randn(tokens, inputs, device=where).to(dtype)
     flops = 2.0 * tokens * outputs * inputs
     read = weight.nbytes + tokens * (inputs + outputs) * dtype.itemsize
     name = f"linear, {form if form != 'none' else 'plain'}"
-    return _row(device, name, f"{tokens} x {inputs} x {outputs}", lambda: ops.linear(x, weight), read, flops)
+    return kernel_row(device, name, f"{tokens} x {inputs} x {outputs}", lambda: ops.linear(x, weight), read, flops)
 
 
 def _elementwise(device: DeviceName, tokens: int) -> list[Row]:
@@ -119,11 +97,11 @@ def _elementwise(device: DeviceName, tokens: int) -> list[Row]:
         ("add and norm", lambda: ops.add_norm(x, delta, 1.0, norm), 4 * x.nbytes),
         ("gated silu", lambda: ops.activate(gated, "silu", True), gated.nbytes * 3 // 2),
     )
-    return [_row(device, name, f"{tokens} tokens", work, moved, 0) for name, work, moved in rows]
+    return [kernel_row(device, name, f"{tokens} tokens", work, moved, 0) for name, work, moved in rows]
 
 
-def _compiled() -> list[Row]:
-    """What Triton made for the checks above. Registers that do not fit go to slow memory."""
+def compiled() -> list[Row]:
+    """What Triton made for this process. Registers that do not fit go to slow memory."""
     functions: dict[str, Any] = {
         name: function
         for module in MODULES

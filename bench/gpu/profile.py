@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ LOADS: dict[DeviceName, tuple[Load, ...]] = {
     "cpu": (Load(1, 20),),
 }
 STEPS = 5
+TRACED: dict[DeviceName, Load] = {"cuda": Load(32, 1024, 32), "cpu": Load(1, 20)}
+TRACE = "trace.json.gz"
+LARGEST_TRACE = 16 << 20  # bytes
 TOP = 12  # kernels
 LAUNCH, COPY, WAIT = "Launch", "emcpyAsync", "Synchronize"  # in the names of CUDA's functions
 
@@ -34,6 +38,11 @@ def host(device: DeviceName) -> Iterator[Check]:
 def steps(device: DeviceName) -> Iterator[Check]:
     for load in LOADS[device]:
         yield Check(str(load), partial(_breakdown, device, load))
+
+
+def trace(folder: Path, device: DeviceName) -> Iterator[Check]:
+    """For chrome://tracing or https://ui.perfetto.dev."""
+    yield Check(str(TRACED[device]), partial(_trace, folder, device))
 
 
 def kernels(device: DeviceName) -> Iterator[Check]:
@@ -89,7 +98,21 @@ def _kernels(device: DeviceName, load: Load) -> list[Row]:
     ]
 
 
+def _trace(folder: Path, device: DeviceName) -> Row:
+    file = folder / TRACE
+    _profile(device, TRACED[device]).export_chrome_trace(str(file))
+    size = file.stat().st_size
+    if size > LARGEST_TRACE:
+        file.unlink()
+        raise AssertionError(f"{size:,} bytes of trace are too many: {file} is not kept")
+    return {"file": str(file), "bytes": size}
+
+
 def _profiled(device: DeviceName, load: Load) -> list[Any]:
+    return list(_profile(device, load).events() or ())
+
+
+def _profile(device: DeviceName, load: Load) -> torch.profiler.profile:
     stepper: Stepper = make_stepper(device)
     layouts, dtype = stepper.decoder.layouts, stepper.decoder.dtype
     stepper.start(load.batch, load.context, many_adapters(layouts, load.lora_rank, load.adapters, dtype, device))
@@ -102,7 +125,7 @@ def _profiled(device: DeviceName, load: Load) -> list[Any]:
         if device == "cuda":
             torch.cuda.synchronize()
     stepper.start(1, 1)  # forgets the adapters
-    return list(profiler.events() or ())
+    return profiler
 
 
 def _is_on_gpu(event: Any) -> bool:

@@ -13,7 +13,12 @@ from xml.etree import ElementTree
 from bench.gpu.check import Check, DeviceName, Row
 
 ROOT = Path(__file__).parents[2]
-SUITES = ("tests/shard/test_ops_cuda.py", "tests/shard/test_sampling_cuda.py", "tests/shard/test_runner.py")
+SUITES = (
+    "tests/shard/test_ops_cuda.py",
+    "tests/shard/test_cuda_int4.py",
+    "tests/shard/test_sampling_cuda.py",
+    "tests/shard/test_runner.py",
+)
 FEW = "large_logits or restarted_sequence"  # Triton's interpreter is slow, and CI runs them anyway
 SANITIZED = "adapters_and_the_base or prefix_of_another"
 PROCESSES = 12  # most of the time, they compile kernels

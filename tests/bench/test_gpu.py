@@ -31,6 +31,7 @@ def test_everything_passes_tiny_and_is_written(tmp_path: Path) -> None:
     results = json.loads(output.read_text())["results"]
     assert {result["status"] for result in results} == {"PASS"}, done.stdout
     assert len(results) == done.stdout.count("PASS  ")
+    assert (tmp_path / "trace.json.gz").exists()
     for result in results:
         assert f"PASS  {result['section']}: {result['check']}" in done.stdout
         assert not result["rows"] or f"\n{result['section']}\n" in done.stdout

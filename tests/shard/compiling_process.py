@@ -1,7 +1,8 @@
-"""Compiles the CUDA operations' kernels without a GPU: `python -m tests.shard.compiling_process 80 90`.
+"""Compiles the CUDA operations' kernels without a GPU: `python -m tests.shard.compiling_process 80 90 adapters`.
 
-The arguments are compute capabilities, times ten. Operations run on CPU tensors, and compile each kernel for its
-arguments instead of launching it. Prints a line of JSON with what each compiled kernel needs and does: see `describe`.
+The arguments are compute capabilities, times ten, and names of KERNELS, if not all. Operations run on CPU tensors, and
+compile each kernel for its arguments instead of launching it. Prints a line of JSON with what each compiled kernel
+needs and does, see `describe`, and in how many seconds it was there.
 """
 
 import json
@@ -10,7 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from functools import partial
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -24,8 +27,9 @@ from triton.runtime.jit import JITFunction
 
 from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.ops.base import HeadNorms, Norm
+from loraplex_shard.ops.cuda.int4 import Int4Weight
 from loraplex_shard.ops.cuda.operations import CudaOperations
-from loraplex_shard.ops.quantized import quantize, to_float8
+from loraplex_shard.ops.quantized import FLOAT8, quantize, to_float8
 from loraplex_shard.sampling import cuda
 from loraplex_shard.sampling.stages import PARAMETERS
 from loraplex_shard.shapes.batch import Segment
@@ -58,8 +62,10 @@ class AbsentGpu:
 
 def compile_only(run: Callable[..., CompiledKernel]) -> Callable[..., CompiledKernel]:
     def compiled(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> CompiledKernel:
+        began = time.perf_counter()
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        print(json.dumps({"kernel": self.fn.__name__, "capability": driver.active.capability, **describe(kernel)}))
+        found = {"kernel": self.fn.__name__, "capability": driver.active.capability}
+        print(json.dumps(found | {"seconds": time.perf_counter() - began} | describe(kernel)))
         return kernel
 
     return compiled
@@ -94,6 +100,9 @@ def linears(dtype: torch.dtype) -> None:
         packed = CUDA.pack(quantize(random(1, WIDTH, WIDTH), bits))
         for tokens in (*TOKENS, 40):
             CUDA.linear(random(2, tokens, WIDTH, dtype=dtype), packed, weight)
+    values = torch.zeros(WIDTH // 8, WIDTH // 128, 32, 4, dtype=torch.int32)
+    packed = Int4Weight(values, torch.zeros(WIDTH // 32, WIDTH, 2, dtype=torch.bfloat16), 32)
+    CUDA.linear(random(2, max(TOKENS), WIDTH, dtype=dtype), packed)
 
 
 def float8(dtype: torch.dtype) -> None:
@@ -132,18 +141,26 @@ def attend(dtype: torch.dtype, form: torch.dtype, heads: Heads, norm: bool) -> N
     CUDA.attention(qkv, heads, step, layer, random(2, heads.query) if norm else None)
 
 
+HALF = torch.bfloat16
+KERNELS: dict[str, Callable[[], None]] = {
+    "linears": partial(linears, HALF),
+    "sampling": sample,
+    "float8": partial(float8, HALF),
+    "experts": partial(experts, HALF),
+    "adapters": partial(adapters, HALF, HALF),
+    "adapters, int8": partial(adapters, HALF, torch.int8),
+    "attention, int8": partial(attend, HALF, torch.int8, Heads(query=9, kv=3, dim=128, window=100), norm=True),
+    "attention, float8": partial(attend, HALF, FLOAT8, Heads(query=32, kv=8, dim=128), norm=False),
+    "attention, wide": partial(attend, HALF, HALF, Heads(query=8, kv=1, dim=256, soft_cap=30.0), norm=False),
+    "attention, float32": partial(attend, torch.float32, torch.float32, Heads(query=8, kv=2, dim=256), norm=False),
+}
+SINCE = {"float8": 89, "attention, float8": 89}  # the first capability that has it, if not all do
+
 if __name__ == "__main__":
     JITFunction.run = compile_only(JITFunction.run)
-    half = torch.bfloat16
-    for capability in map(int, sys.argv[1:]):
+    names = [argument for argument in sys.argv[1:] if not argument.isdigit()] or list(KERNELS)
+    for capability in (int(argument) for argument in sys.argv[1:] if argument.isdigit()):
         driver.set_active(AbsentGpu(capability))
-        linears(half)
-        sample()
-        if capability >= 89:
-            float8(half)
-        experts(half)
-        adapters(half, half)
-        adapters(half, torch.int8)
-        attend(half, torch.int8, Heads(query=9, kv=3, dim=128, window=100), norm=True)
-        attend(half, half, Heads(query=8, kv=1, dim=256, soft_cap=30.0), norm=False)
-    attend(torch.float32, torch.float32, Heads(query=8, kv=2, dim=256), norm=False)
+        for name in names:
+            if capability >= SINCE.get(name, 0):
+                KERNELS[name]()

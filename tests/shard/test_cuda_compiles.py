@@ -34,6 +34,7 @@ KERNELS = {
     "_round",
     "_round_to_float8",
     "_shrink",
+    "_unpack",
     "_upcast",
 }
 
