@@ -128,13 +128,14 @@ class Router:
             else None
         )
         self._stop = asyncio.Event()
+        self._hurried = False  # the drain is cut short
 
     async def run(self, ready: Ready) -> None:
-        """Serves until SIGTERM or SIGINT, then drains. Calls `ready` once a replica is ready. If cancelled, running
-        requests end with UnavailableError."""
+        """Serves until SIGTERM or SIGINT, then drains; another SIGINT ends that. Calls `ready` once a replica is ready.
+        If cancelled, running requests end with UnavailableError."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
         async with self._http() as http_port:
             listen(self._settings.host, self._settings.grpc_port, "--grpc-port").close()  # gRPC reports no reason
             grpc_port = await self._grpc.start(self._settings.host, self._settings.grpc_port)
@@ -170,6 +171,12 @@ class Router:
             *followed,
         )
 
+    def _interrupt(self) -> None:
+        if self._stop.is_set():
+            self._hurried = True
+            self._replicas.changes.notify()
+        self._stop.set()
+
     async def _stopped(self) -> None:
         await self._stop.wait()
 
@@ -200,10 +207,10 @@ class Router:
         """Refuses new requests and lets running ones finish, up to a limit."""
         self._service.requests.draining = True
         await self._grpc.drain()
-        logger.info("draining for at most %g seconds", self._settings.drain_seconds)
+        logger.info("draining for at most %g seconds; Ctrl-C ends it", self._settings.drain_seconds)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds):
-                await self._replicas.changes.until(lambda: self._service.requests.idle)
+                await self._replicas.changes.until(lambda: self._hurried or self._service.requests.idle)
         await self._service.requests.hand_over()
 
     @contextlib.asynccontextmanager

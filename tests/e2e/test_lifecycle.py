@@ -165,10 +165,14 @@ async def test_requests_that_outlast_the_drain_are_cancelled(model: Path):
         assert server.process.wait(60) == 0
 
 
-async def test_two_ranks_have_their_own_metrics_and_end_with_the_server(model: Path):
+async def test_two_ranks_have_their_own_metrics_and_end_with_the_server_at_the_second_ctrl_c(
+    model: Path, tmp_path: Path
+):
     port = free_port()
-    flags = "--tp=2", "--kv-blocks=512", "--threads=1", "--drain-seconds=0.5", f"--metrics-port={port}"
-    with Server(str(model), *flags) as server:
+    flags = "--tp=2", "--kv-blocks=512", "--threads=1", "--drain-seconds=600", f"--metrics-port={port}"
+    # A package that only ranks import; another process's `python -m` would find it in the current directory.
+    (tmp_path / "accelerate.py").write_text("raise SystemExit('a file of the current directory was imported')")
+    with Server(str(model), *flags, cwd=str(tmp_path)) as server:
         for rank in (0, 1):
             with urllib.request.urlopen(f"http://127.0.0.1:{port + rank}/metrics", timeout=60) as response:
                 assert f'loraplex_shard_build_info{{model="{model}",rank="{rank}"' in response.read().decode()
@@ -180,7 +184,9 @@ async def test_two_ranks_have_their_own_metrics_and_end_with_the_server(model: P
             await asyncio.gather(*map(anext, streams))
             embedding = asyncio.create_task(client.embed(["long " * 1000] * 4))
             await asyncio.sleep(0.1)
-            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGINT)
+            await asyncio.to_thread(wait_for_health, server, 503)
+            server.process.send_signal(signal.SIGINT)
             assert await asyncio.to_thread(server.process.wait, 60) == 0
             await asyncio.gather(embedding, *(stream.aclose() for stream in streams), return_exceptions=True)
         assert not any(child.is_running() for child in children)

@@ -332,6 +332,12 @@ async def test_what_a_full_disk_refuses_leaves_nothing_behind(tmp_path: Path) ->
         assert (await ended(client, batch)).status == "completed"
 
 
+def test_a_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"^--batches: .*/file/batches cannot be made: Not a directory$"):
+        BatchFolder(tmp_path / "file" / "batches", 1)
+
+
 async def test_a_folder_that_fails_does_not_end_the_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loraplex_router.batches.runner.LONGEST_WAIT", 0.01)
     world = World(tmp_path)

@@ -123,6 +123,14 @@ async def test_a_librarys_output_is_not_taken_for_an_answer(tmp_path: Path, monk
     await renderer.aclose()
 
 
+async def test_a_file_of_the_current_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "jinja2.py").write_text(ENDS)
+    monkeypatch.chdir(tmp_path)
+    renderer = Renderer(OWN)
+    assert await renderer.render(OWN, CHAT) == RENDERED
+    await renderer.aclose()
+
+
 async def test_a_process_that_cannot_start_is_a_temporary_server_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "sitecustomize.py").write_text(ENDS)
     renderer = Renderer(OWN)

@@ -108,7 +108,8 @@ def shard_flags(settings: ShardSettings) -> list[str]:
 
 
 async def _start_shard(flags: list[str]) -> asyncio.subprocess.Process:
-    command = [sys.executable, "-m", "loraplex.cli.main", "shard", *flags]
+    # -P: a file of the current directory, such as random.py, must not take the place of a module.
+    command = [sys.executable, "-P", "-m", "loraplex.cli.main", "shard", *flags]
     # The flags are complete; the variables are the settings of this process.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
     # In a session of its own, so that Ctrl-C only reaches the router, which drains before it stops the shards.

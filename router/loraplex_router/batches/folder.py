@@ -40,7 +40,10 @@ class BatchFolder:
 
     def __init__(self, path: Path, most_bytes: int) -> None:
         """`most_bytes`: of all files together. Raises OSError if the folder cannot be made."""
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"--batches: {path} cannot be made: {error.strerror}") from error
         self._path = path
         self._most_bytes = most_bytes
         self._lock: IO[bytes] | None = None

@@ -167,7 +167,7 @@ async def _start(arguments: tuple[str, ...]) -> asyncio.subprocess.Process:
     """Starts the process with a minimal environment. Returns once it is ready."""
     environment = {**{name: os.environ[name] for name in KEPT if name in os.environ}, **QUIET}
     pipe = asyncio.subprocess.PIPE
-    command = sys.executable, "-m", "loraplex_router.text.template_process", *arguments
+    command = sys.executable, "-P", "-m", "loraplex_router.text.template_process", *arguments
     for _ in range(STARTS):
         process = await asyncio.create_subprocess_exec(
             *command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True
