@@ -90,7 +90,7 @@ class Cluster:
         self.proxies: list[Proxy] = []
         self._usage = folder / "usage.jsonl"
         self.hub = StandInHub()
-        self.troubles: Counter[str] = Counter()  # counts when a "source" or the "store" begins to fail, and ends to
+        self.troubles: Counter[str] = Counter()  # counts when one that `trouble` names begins, and when it ends
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
@@ -159,7 +159,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def trouble(self, what: str) -> Iterator[None]:
-        """A context in which adapters' "source" or the "store" of streams fails."""
+        """A context in which adapters' "source", a "reader" of one or the "store" of streams fails."""
         self.troubles[what] += 1
         yield
         self.troubles[what] += 1

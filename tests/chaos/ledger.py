@@ -11,6 +11,7 @@ from loraplex import (
     AdapterNotFoundError,
     AdapterSourceError,
     LoraplexError,
+    OverloadedError,
     UnavailableError,
 )
 from tests.chaos.batch import REQUESTS
@@ -18,10 +19,10 @@ from tests.chaos.cluster import Cluster, Place
 from tests.chaos.load import CASES, Answer, Broken, Clients
 
 LIMIT_SECONDS = 240  # a request that takes longer never ends
-DOOR_SECONDS = 0.2  # before a request that was refused as unavailable is sent to another router
+DOOR_SECONDS = 0.2  # before a request that was refused for now is sent to another router
 LEAVING = 0.05  # the share of clients that do not wait for the end
 FINISHED, RESUMED, LEFT, FAULT = "finished", "finished, although its router ended meanwhile", "left", "fault"
-REFUSED, DIED = "refused as unavailable", "its router died before a stream had begun"
+REFUSED, DIED = "refused for now", "its router died before a stream had begun"
 NO_SOURCE, NO_STORE = "its adapter's source failed", "it could not be resumed, since the store failed"
 NO_VERSION, REPLACED = "its router died and its adapter was replaced", (AdapterConflictError, AdapterNotFoundError)
 
@@ -104,6 +105,8 @@ class Ledger:
                 return NO_VERSION
             if isinstance(error, UnavailableError):
                 return REFUSED if place.deaths == deaths else DIED
+            if isinstance(error, OverloadedError) and self._cluster.had_trouble("reader", troubles):
+                return REFUSED
             told = f"{type(error).__name__}: {error}"
         self.faults.append(f"{name}, after {time.monotonic() - began:.1f} s: {told}")
         return FAULT

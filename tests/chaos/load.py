@@ -15,7 +15,7 @@ from tests.chaos.cluster import LOCAL, Cluster, Place
 from tests.chaos.http import post
 
 TOKENS = 160
-RETRIES = 12  # until a router has started again
+RETRIES = 40  # until a router has started again
 CLOSE = 2e-3  # by how much numbers may differ
 RED, GREEN, BLUE = LOCAL
 SCHEMA = {

@@ -8,6 +8,8 @@ import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
+import psutil
+
 from tests.chaos.cluster import RANKS, Cluster, Place
 from tests.stand_in_hub import StandInHub
 from tests.stand_in_stores import StandInS3
@@ -15,6 +17,7 @@ from tests.stand_in_stores import StandInS3
 SECONDS = (0.3, 6.0)  # how long a trouble lasts
 SHIFTS = (-86400.0, -4000.0, 4000.0, 86400.0)  # seconds
 PAUSE = (0.5, 3.0)  # between two
+LOOKS, LOOK_SECONDS = 100, 0.05  # for processes that do not live long
 NOTICED_SECONDS = 3.0  # until routers know that the store is back
 
 
@@ -28,6 +31,8 @@ class Troubles:
         self._kinds: dict[str, tuple[int, Callable[[], Awaitable[None]]]] = {
             "a rank is killed": (6, self._kill_rank),
             "a replica is killed": (4, self._kill_replica),
+            "a stager is killed": (1, self._kill_stager),
+            "a reader of an adapter is killed": (3, self._kill_reader),
             "a replica is restarted": (2, self._restart_replica),
             "a rank is stopped": (3, self._stop),
             "a rank is cut off": (2, self._cut_off_rank),
@@ -72,6 +77,34 @@ class Troubles:
     async def _kill_replica(self) -> None:
         for rank in self._replica():
             self._send(rank, signal.SIGKILL)
+
+    async def _kill_stager(self) -> None:
+        rank = self._dice.choice(self._replica())
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for stager in psutil.Process(self._cluster.ranks.pids()[rank]).children():
+                stager.kill()
+                self.kills += 1
+
+    async def _kill_reader(self) -> None:
+        """Of the next adapter that is read."""
+        with self._cluster.trouble("reader"):
+            for _ in range(LOOKS):
+                if readers := await asyncio.to_thread(self._readers):
+                    with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                        self._dice.choice(readers).kill()
+                        self.kills += 1
+                        return
+                await asyncio.sleep(LOOK_SECONDS)
+
+    def _readers(self) -> list[psutil.Process]:
+        """The stagers' children."""
+        found = list[psutil.Process]()
+        for pid in self._cluster.ranks.pids():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank = psutil.Process(pid)
+                stagers = rank.children()
+                found += [child for child in rank.children(recursive=True) if child not in stagers]
+        return found
 
     async def _restart_replica(self) -> None:
         self._drain(self._replica())

@@ -207,6 +207,19 @@ async def test_a_cancelled_batch_keeps_what_it_has_answered(tmp_path: Path) -> N
         world.setup.shards.loads_held.set()
 
 
+async def test_a_router_whose_clock_is_wrong_neither_expires_batches_nor_deletes_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, right = World(tmp_path), time.time
+    client = world.client()
+    monkeypatch.setattr(time, "time", lambda: right() + 40 * 86400)
+    async with world.running():
+        batch = await ended(client, await create(client, text(line(1))))
+        world.folder.delete_expired()
+        assert batch.status == "completed" and await rows(client, batch.output_file_id)
+    assert abs(batch.created_at - right()) < 3600
+
+
 async def test_what_a_batch_could_not_answer_in_a_day_is_in_its_error_file(tmp_path: Path) -> None:
     world = World(tmp_path)
     client = world.client()

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_protos.errors import UnavailableError
+from loraplex_protos.errors import AdapterSourceError, OverloadedError, UnavailableError
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Lease
+from loraplex_router.vocabulary.adapter import StagedAdapter
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.sequence import FinishReason
@@ -151,6 +152,26 @@ async def test_a_request_can_be_cancelled_while_it_has_no_replica(cluster: Clust
     assert cluster.service.requests.idle
     (delta,) = await generation.collect()
     assert delta.finish_reason is FinishReason.CANCELLED
+    cluster.service.requests.close(generation)
+
+
+async def test_a_lost_replicas_requests_wait_for_an_adapter_that_cannot_be_loaded_now(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    generation = await cluster.service.generate(request(0, 100, "a"))
+    second = cluster.join("second")
+    stage, errors = second.shards.stage, [AdapterSourceError("the hub hangs"), OverloadedError("its reader was killed")]
+
+    async def stage_at_last(reference: AdapterReference) -> StagedAdapter:
+        if errors:
+            raise errors.pop()
+        return await stage(reference)
+
+    monkeypatch.setattr(second.shards, "stage", stage_at_last)
+    monkeypatch.setattr(cluster.replicas, "_move_seconds", 60)
+    cluster.lose(cluster.replica)
+    (delta,) = await generation.collect()
+    assert [sample.token for sample in delta.samples] == list(range(2, 202, 2)) and not errors
     cluster.service.requests.close(generation)
 
 

@@ -235,6 +235,12 @@ async def test_uploads_have_a_rate(cluster: Cluster):
             await upload(cluster, b"again %d" % number)
 
 
+async def test_a_clock_that_is_put_back_refuses_no_upload(cluster: Cluster):
+    await upload(cluster, b"one")
+    cluster._clock = lambda: 1.0
+    await upload(cluster, b"two")
+
+
 async def test_a_removed_name_is_unknown_and_its_sequences_end_as_they_would(cluster: Cluster):
     version = await upload(cluster, b"one")
     running = await cluster.service.generate(request(1, 100, "policy"))

@@ -3,7 +3,6 @@
 import os
 import secrets
 import threading
-import time
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -48,7 +47,7 @@ class Job:
                 record.errors = LineErrors(data=wrong)
                 self._end(Status.FAILED)
                 return False
-            record.status, record.in_progress_at = Status.IN_PROGRESS, int(time.time())
+            record.status, record.in_progress_at = Status.IN_PROGRESS, self._folder.now()
             record.request_counts = Counts(total=total)
             record.output_file_id, record.error_file_id = new_file_id(), new_file_id()
             self.save()
@@ -92,7 +91,7 @@ class Job:
     def finish(self, status: Status) -> None:
         """Ends the batch, as completed, cancelled or expired, and lists its files."""
         record = self.record
-        record.status, record.finalizing_at = Status.FINALIZING, int(time.time())
+        record.status, record.finalizing_at = Status.FINALIZING, self._folder.now()
         self.save()
         with self._writing:
             if status is Status.EXPIRED:
@@ -149,7 +148,7 @@ class Job:
         return id
 
     def _end(self, status: Status) -> None:
-        setattr(self.record, ENDED_AT[status], int(time.time()))
+        setattr(self.record, ENDED_AT[status], self._folder.now())
         self.record.status = status
         self.save()
 

@@ -70,7 +70,8 @@ class BatchRunner:
         try:
             record = await asyncio.to_thread(self._folder.batch, tenant, id)
             if record.status is Status.CANCELLING and record.in_progress_at is None:
-                record.cancelled_at, record.status = int(time.time()), Status.CANCELLED
+                record.cancelled_at = await asyncio.to_thread(self._folder.now)
+                record.status = Status.CANCELLED
                 await asyncio.to_thread(self._folder.write_batch, tenant, record)
                 return
             with closing(Job(self._folder, tenant, record)) as job:
@@ -91,9 +92,9 @@ class BatchRunner:
             while not lines.done():
                 await asyncio.wait([lines], timeout=LOOK_SECONDS)
                 if await asyncio.to_thread(self._folder.cancelled, job.tenant, record.id):
-                    record.cancelling_at = record.cancelling_at or int(time.time())
+                    record.cancelling_at = record.cancelling_at or await asyncio.to_thread(self._folder.now)
                     return Status.CANCELLED
-                if time.time() > record.expires_at:
+                if await asyncio.to_thread(self._folder.now) > record.expires_at:
                     return Status.EXPIRED
                 if saved != record.request_counts:
                     saved = record.request_counts.model_copy()

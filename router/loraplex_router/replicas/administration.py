@@ -245,7 +245,7 @@ class Administration:
 
     async def _retire(self, version: AdapterReference) -> None:
         if (digest := self._resolutions.digest(version)) is not None:
-            with suppress(AdapterNotFoundError):  # it has left by itself
+            with suppress(AdapterNotFoundError, UnavailableError):  # it has left by itself, or with its replica
                 await self.unload(version, wait=True)
             self._resolutions.forget(digest, version.id)
 

@@ -13,7 +13,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Self
 
-from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
+from loraplex_protos.errors import (
+    AdapterSourceError,
+    GenerationError,
+    LoraplexError,
+    OverloadedError,
+    UnavailableError,
+)
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.output import Generation
 from loraplex_router.engine.suspects import acquit
@@ -222,10 +228,7 @@ class Replicas:
 
     async def _move(self, generation: Generation) -> None:
         try:
-            async with asyncio.timeout(self._move_seconds):
-                lease = await self._place_again(generation)
-        except TimeoutError:
-            self._fail(generation, UnavailableError("the shards were lost, and no replacement became ready in time"))
+            lease = await self._place_again(generation)
         except LoraplexError as error:
             self._fail(generation, error)
         except Exception:
@@ -239,18 +242,26 @@ class Replicas:
         self.changes.notify()
 
     async def _place_again(self, generation: Generation) -> "Lease":
+        """What may pass is waited for: an adapter that cannot be fetched now, or has no room, too."""
         grammar, lost = generation.outputs[0].sequence.grammar, list[Replica]()
-        while True:
-            await self.ready.wait()
-            try:
-                lease = await self._place_now(generation.reference, grammar, lost, generation.tenant)
-            except UnavailableError:
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
-            if lease.adapter.digest != generation.adapter.digest:
-                lease.close()
-                raise UnavailableError("the shards were lost, and the adapter's content has changed since")
-            return lease
+        lease, reason = None, "no replacement became ready in time"
+        try:
+            async with asyncio.timeout(self._move_seconds):
+                while lease is None:
+                    await self.ready.wait()
+                    try:
+                        lease = await self._place_now(generation.reference, grammar, lost, generation.tenant)
+                    except UnavailableError:
+                        await asyncio.sleep(RETRY_SECONDS)
+                    except (OverloadedError, AdapterSourceError) as error:
+                        reason = error.message
+                        await asyncio.sleep(RETRY_SECONDS)
+        except TimeoutError:
+            raise UnavailableError(f"the shards were lost, and {reason}") from None
+        if lease.adapter.digest != generation.adapter.digest:
+            lease.close()
+            raise UnavailableError("the shards were lost, and the adapter's content has changed since")
+        return lease
 
     def _fail(self, generation: Generation, error: LoraplexError) -> None:
         generation.fail(error)

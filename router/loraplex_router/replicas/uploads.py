@@ -162,7 +162,8 @@ class Uploads:
 
     def _count(self) -> None:
         now = self._clock()
-        self._allowance = min(BURST, self._allowance + (now - self._allowed_at) * PER_MINUTE / 60)
+        passed = max(0.0, now - self._allowed_at)  # the clock may be put back
+        self._allowance = min(BURST, self._allowance + passed * PER_MINUTE / 60)
         self._allowed_at = now
         if self._allowance < 1:
             raise RateLimitedError(f"at most {PER_MINUTE} uploads a minute: try again soon", 60 / PER_MINUTE)
