@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.peft import tensor_names
-from loraplex_shard.lora.peft.reading import read_adapter
+from loraplex_shard.lora.peft.reading import read_adapter, read_deltas
 from loraplex_shard.lora.weights.deltas import HostAdapter
 from tests.shard.lora_models import (
     BASE,
     HeldTensors,
+    edit_config,
     edit_tensors,
     layouts,
     loaded_by_peft,
@@ -81,6 +82,24 @@ def test_names_that_are_seen_to_be_pefts_own_are_as_the_rules_have_them(
 ) -> None:
     name = start + ".".join(middle) + end
     assert tensor_names.as_saved_by_peft([name], backbone) == {tensor_names._plain(name, backbone): name}
+
+
+def test_an_adapter_of_tinkers_adapts_the_lm_head_under_the_name_that_it_has_there(tmp_path: Path) -> None:
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    for folder in ("peft", "tinker"):
+        save_adapter(tmp_path / folder, target_modules=[*linear, "lm_head"])
+    edit_config(tmp_path / "tinker", target_modules="all-linear")
+    head, theirs = f"{PREFIX}lm_head", f"{PREFIX}model.unembed_tokens"
+    names = [f"{head}.lora_A.weight", f"{head}.lora_B.weight"]
+    edit_tensors(
+        tmp_path / "tinker",
+        lambda tensors: tensors.update({name.replace(head, theirs): tensors.pop(name) for name in names}),
+    )
+    base = dataclasses.replace(BASE, tensors=HeldTensors(make_base(), False))
+    expected, found = (read_deltas(read(tmp_path / folder), layouts(), base) for folder in ("peft", "tinker"))
+    assert found.keys() == expected.keys() and "lm_head" in found
+    assert all(torch.equal(found[name].b @ found[name].a, delta.b @ delta.a) for name, delta in expected.items())
+    assert all(found[name].scale == delta.scale for name, delta in expected.items())
 
 
 def test_two_names_for_one_tensor_are_refused(tmp_path: Path) -> None:

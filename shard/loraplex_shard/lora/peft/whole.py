@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from loraplex_protos.errors import AdapterInvalidError
-from loraplex_shard.lora.peft import gguf
+from loraplex_shard.lora.peft import gguf, tinker
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.peft.classifiers import adapted_classifier, is_of_classifier, read_classifier, with_lora
 from loraplex_shard.lora.peft.config import AdapterConfig
@@ -61,6 +61,7 @@ def understand(
 ) -> WholeAdapter:
     """`stored`: the tensors of the file, maybe on the meta device. Raises AdapterInvalidError, naming the field or
     tensor, if it cannot be served exactly as PEFT would, or if it takes more than `limit` bytes as LoRA."""
+    config, stored = tinker.in_pefts_terms(config, stored, base)
     tying = tie(config, base)
     config, tokens = tying.config, token_indices(config, base)
     if isinstance(config, MlxConfig):
