@@ -74,6 +74,46 @@ def test_a_newcomer_waits_for_at_most_one_step_while_another_tenant_floods(
     assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
 
 
+floods = st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.integers(1, 60), st.integers(1, 30)), min_size=30)
+AMPLE = 200  # blocks, in which all rows have room
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    flood=floods,
+    adapter=st.sampled_from(["", "a", "b"]),
+    prompt=st.integers(1, 16 - ROWS),
+    budget=st.integers(16, 64),
+    blocks=st.integers(60, 300),
+    pauses=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+)
+def test_whatever_the_flood_the_plan_after_a_newcomers_arrival_has_its_first_token(
+    flood, adapter, prompt, budget, blocks, pauses
+) -> None:
+    """So it waits for the plan in flight and for its own; for one more at most if the flood has just arrived as well,
+    or if a block has to be found for it."""
+    world = World(blocks=blocks, rows=ROWS, budget=budget)
+    world.submit("a", [1], 1)
+    world.submit("b", [1], 1)
+    world.run()  # the adapters are on the device
+    for number, (flooded, length, answer) in enumerate(flood):
+        world.submit(flooded, [number] * length, answer, tenant="loud")
+    for turn, pause in enumerate(pauses):
+        for _ in range(pause):
+            world.step()
+        begun = any(sequence.row is not None for sequence in world.sequences)
+        newcomer = world.submit(adapter, [turn, *range(1, prompt)], 3, tenant="quiet")
+        plans = 0
+        while not newcomer.in_flight and not newcomer.output_length:
+            world.step()
+            plans += 1
+        assert plans <= (1 if begun and blocks >= AMPLE else 2)
+        while not newcomer.finished:
+            world.step()
+    world.run(20000)
+    assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
+
+
 def test_the_step_of_a_newcomers_first_token_computes_no_prompts_of_a_flood() -> None:
     world = World(blocks=1000, rows=ROWS, budget=64)
     for number in range(100):

@@ -33,6 +33,12 @@ class Share:
     running: Counter[Adapter] = field(default_factory=Counter)  # sequences, by adapter
     total: int = 0  # sequences that run
 
+    @property
+    def order(self) -> tuple[float, float]:
+        """The sort key of tenants: lower goes first. One that returns has the counter of another that has work, and
+        goes before it, since nothing of it runs yet."""
+        return self.served, self.total / self.weight
+
 
 class Shares:
     """The shares of all tenants. Their number is bounded by the key file, so counters are never dropped."""

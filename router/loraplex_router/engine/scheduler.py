@@ -216,7 +216,7 @@ class Scheduler:
         for sequence, remaining in decodes:
             if budget and sequence.row is not None:  # still, or an older one has just taken its blocks
                 budget -= self._extend(sequence, remaining, budget, chunks)
-        prefills.sort(key=lambda item: self._served(item[0]), reverse=True)
+        prefills.sort(key=lambda item: self._shares.of(item[0]).order, reverse=True)
         while budget:
             head = self._next_to_start() if may_start and started < MAX_STARTED else None
             if (
@@ -226,7 +226,7 @@ class Scheduler:
                 or not self._find_room(head)
             ):
                 head, may_start = None, False  # others must not overtake it, or it might wait forever
-            if head and not (prefills and self._served(prefills[-1][0]) <= self._served(head)):
+            if head and not (prefills and self._shares.of(prefills[-1][0]).order <= self._shares.of(head).order):
                 self._start(head)
                 starts.append(head)
                 started += head.start_size
@@ -329,10 +329,10 @@ class Scheduler:
         heads = [head for head in heads if not head.in_flight]  # preempted, and its last sample not known yet
         return min(heads, key=self._turn, default=None)
 
-    def _turn(self, head: Sequence) -> tuple[bool, bool, float, int, int]:
+    def _turn(self, head: Sequence) -> tuple[bool, bool, float, float, int, int]:
         """The sort key: lower goes first."""
         share = self._shares.of(head)
-        return head.background, self._exceeds_share(head), share.served, share.running[head.adapter], head.number
+        return head.background, self._exceeds_share(head), *share.order, share.running[head.adapter], head.number
 
     def _exceeds_share(self, head: Sequence) -> bool:
         """Whether its tenant would hold more blocks than its share if it ran."""
@@ -376,9 +376,6 @@ class Scheduler:
             payer, adapter = richest
             return next(s for s in youngest if s.payer == payer and adapter in (None, s.adapter))
         return None
-
-    def _served(self, sequence: Sequence) -> float:
-        return self._shares.of(sequence).served
 
     def _next_suspect(self) -> Sequence | None:
         startable = self._startable()
