@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from loraplex_protos import generation_pb2 as pb
@@ -24,15 +24,33 @@ WRONG = grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_
 
 @dataclass(frozen=True)
 class GrpcRequest:
+    """`patience`: how many seconds the client waits for the answer."""
+
     method: MethodDescriptor
-    content: bytes
+    messages: tuple[bytes, ...]
+    patience: float = ANSWER_SECONDS
 
     def __str__(self) -> str:
-        return f"{self.method.name} {self.content[:1500]!r}"
+        return f"{self.method.name} {self.messages!r:.1500}"
 
 
 def odd_message(dice: Random) -> GrpcRequest:
     method = dice.choice(SERVICE.methods)
+    messages = tuple(odd_content(method, dice) for _ in range(dice.choice((1, 2, 5)) if method.client_streaming else 1))
+    if method.input_type.name == "GenerateRequest" and waits(messages[0]):
+        return GrpcRequest(method, messages, patience=dice.uniform(0, 1))
+    return GrpcRequest(method, messages)
+
+
+def waits(content: bytes) -> bool:
+    """Whether it is computed in the background: while there is a canary, never."""
+    try:
+        return bool(pb.GenerateRequest.FromString(content).background)
+    except DecodeError:
+        return False
+
+
+def odd_content(method: MethodDescriptor, dice: Random) -> bytes:
     message = GetMessageClass(method.input_type)()
     fill(message, dice)
     if isinstance(message, pb.GenerateRequest) and dice.random() < 0.9:
@@ -41,7 +59,7 @@ def odd_message(dice: Random) -> GrpcRequest:
     if content and dice.random() < 0.15:
         place = dice.randrange(len(content))
         content = content[:place] + dice.randbytes(dice.randrange(4)) + content[place + dice.randrange(3) :]
-    return GrpcRequest(method, content)
+    return content
 
 
 def fill(message: Message, dice: Random, depth: int = 0) -> None:
@@ -84,16 +102,19 @@ async def call(channel: grpc.aio.Channel, request: GrpcRequest) -> tuple[str, st
     path = f"/{SERVICE.full_name}/{method.name}"
     try:
         if method.client_streaming:
-            await channel.stream_unary(path)(_alone(request.content), timeout=ANSWER_SECONDS)
+            await channel.stream_unary(path)(_each(request.messages), timeout=request.patience)
         elif method.server_streaming:
-            async for _ in channel.unary_stream(path)(request.content, timeout=ANSWER_SECONDS):
+            async for _ in channel.unary_stream(path)(request.messages[0], timeout=request.patience):
                 pass
         else:
-            await channel.unary_unary(path)(request.content, timeout=ANSWER_SECONDS)
+            await channel.unary_unary(path)(request.messages[0], timeout=request.patience)
     except grpc.aio.AioRpcError as error:
-        return error.code().name, f"{error.code().name}: {error.details()}" if error.code() in WRONG else ""
+        late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and request.patience < ANSWER_SECONDS
+        wrong = error.code() in WRONG and not late
+        return error.code().name, f"{error.code().name}: {error.details()}" if wrong else ""
     return "OK", ""
 
 
-async def _alone(content: bytes) -> AsyncIterator[bytes]:
-    yield content
+async def _each(messages: tuple[bytes, ...]) -> AsyncIterator[bytes]:
+    for content in messages:
+        yield content

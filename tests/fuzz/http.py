@@ -1,12 +1,15 @@
 """Odd requests over HTTP: good ones in which something was changed."""
 
 import asyncio
+import json
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
+from urllib.parse import quote
 
-from tests.fuzz.odd import changed, encoded
+from tests.fuzz.odd import SCALARS, changed, encoded, odd_form
 
 ANSWER_SECONDS = 120
 HI = {"role": "user", "content": "Hi"}
@@ -44,8 +47,10 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("/adapters/unload", {"id": "red"}),
     ("/adapters/pin", {"id": "red"}),
     ("/adapters/unpin", {"id": "red"}),
-    ("/adapters/upload", {"name": "d"}),
+    ("/v1/rerank", {"query": "Hi", "documents": [{"text": "some text"}], "return_documents": True}),
+    ("/v1/batches", {"input_file_id": "file-a", "endpoint": "/v1/completions", "completion_window": "24h"}),
 ]
+FORMS = "/v1/files", "/adapters/upload?name=d", "/adapters/upload?name=d&expected_version=1"
 PATHS = "/health", "/info", "/metrics", "/adapters?limit=x&after=%00", "/v1/models/%2e%2e%2f", "/openapi.json", "/%ff"
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "PROPFIND")
 HEADERS = (
@@ -57,8 +62,30 @@ HEADERS = (
     *("Content-Type: multipart/form-data; boundary=a", "Content-Encoding: gzip", "Accept: text/event-stream"),
     *("Authorization: Bearer \xff", "Authorization: Basic OjoK", "X-Request-Id: a b", "X-Session-Id: " + "s" * 9000),
     *("X-Api-Key: \x01", "traceparent: 00-0-0-0", "Expect: 100-continue", "Connection: upgrade\r\nUpgrade: h2c"),
+    *("Last-Event-ID: 1", "Last-Event-ID: " + "e" * 500, "Priority: u=9", "traceparent: 00-" + "0" * 32 + "-1-01"),
     *("Origin: null", "Cookie: " + "c" * 4000, "Range: bytes=0-", "X-Forwarded-For: ::1"),
 )
+
+
+@dataclass(frozen=True)
+class Api:
+    """What the server's document has."""
+
+    names: Sequence[str]  # of the fields of all bodies
+    routes: Sequence[tuple[str, str, Sequence[str]]]  # method and path, and the names of parameters in the query
+
+
+def read_api(url: str) -> Api:
+    with urllib.request.urlopen(f"{url}/openapi.json") as response:
+        document = json.load(response)
+    models = document["components"]["schemas"].values()
+    names = sorted({name for model in models for name in model.get("properties", ())})
+    routes = [
+        (method.upper(), path, [each["name"] for each in route.get("parameters", ()) if each["in"] == "query"])
+        for path, methods in document["paths"].items()
+        for method, route in methods.items()
+    ]
+    return Api(names, routes)
 
 
 @dataclass(frozen=True)
@@ -74,13 +101,18 @@ class HttpRequest:
         return repr((self.first + self.rest)[:1500])
 
 
-def odd_request(names: Sequence[str], dice: Random) -> HttpRequest:
-    """`names`: of fields that some route knows."""
+def odd_request(api: Api, dice: Random) -> HttpRequest:
     path, body = dice.choice(GOOD)
     for _ in range(dice.choice((0, 1, 1, 1, 2, 3))):
-        body = changed(body, names, dice)
+        body = changed(body, api.names, dice)
     content = encoded(body, dice)
     method, headers = "POST", ["Content-Type: application/json"]
+    if dice.random() < 0.05:
+        path, content = dice.choice(FORMS), odd_form(dice)
+        headers = ["Content-Type: multipart/form-data; boundary=a"]
+    elif dice.random() < 0.15:
+        method, path = odd_call(api, dice)
+        content = content if dice.random() < 0.1 else b""
     if dice.random() < 0.1:
         headers = dice.sample(HEADERS, dice.randrange(4))
     if dice.random() < 0.03:
@@ -106,6 +138,18 @@ def odd_request(names: Sequence[str], dice: Random) -> HttpRequest:
     return HttpRequest(whole[:place], whole[place:], dice.uniform(0, 0.3) if slow else 0.0, patience)
 
 
+def odd_call(api: Api, dice: Random) -> tuple[str, str]:
+    """A route's method and path, with something for each of its parameters."""
+
+    def some() -> str:
+        return quote(str(dice.choice(SCALARS))[:300].encode(errors="replace"), safe=dice.choice(("", "/")))
+
+    method, path, parameters = dice.choice(api.routes)
+    parts = [some() if part.startswith("{") else part for part in path.split("/")]
+    query = "&".join(f"{name}={some()}" for name in parameters if dice.random() < 0.7)
+    return method, "/".join(parts) + f"?{query}" * bool(query)
+
+
 async def send(port: int, request: HttpRequest) -> tuple[str, str]:
     """Sends it, and returns the answer's status and what is wrong with it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -125,4 +169,5 @@ async def send(port: int, request: HttpRequest) -> tuple[str, str]:
     finally:
         writer.close()
     wrong = b"HTTP/1.1 500" in answer or b"internal error" in answer
-    return answer[9:12].decode() or "none", answer.decode(errors="replace") if wrong else ""
+    status = answer[9:12].decode() if answer.startswith(b"HTTP/1") else "none"
+    return status, answer.decode(errors="replace") if wrong else ""

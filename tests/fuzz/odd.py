@@ -50,6 +50,21 @@ def changed(value: Any, names: Sequence[str], dice: Random) -> Any:
             return odd_value(dice)
 
 
+def odd_form(dice: Random) -> bytes:
+    """A multipart/form-data body, with the boundary `a`, rarely cut short."""
+    line = json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": odd_value(dice)})
+    contents = b"", b"batch", line.encode(), dice.randbytes(300), (8).to_bytes(8, "little") + b"{}      ", b"{}"
+    form = b""
+    for _ in range(dice.choice((0, 1, 2, 2, 3, 70))):
+        name = dice.choice(("file", "purpose", "expires_after[seconds]", "", "\0", "é", "n" * 300))
+        file = dice.choice(("", *("a.jsonl", "adapter_config.json", "adapter_model.safetensors", "../../a", "%00")))
+        of_file = f'; filename="{file}"' * bool(file)
+        head = f'--a\r\nContent-Disposition: form-data; name="{name}"{of_file}\r\n\r\n'
+        form += head.encode() + dice.choice(contents) + b"\r\n"
+    form += b"--a--\r\n"
+    return form if dice.random() < 0.8 else form[: dice.randrange(len(form))]
+
+
 def encoded(value: Any, dice: Random) -> bytes:
     """As JSON, rarely in a broken or unusual form."""
     text = json.dumps(value)

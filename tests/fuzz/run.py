@@ -3,42 +3,41 @@
 import asyncio
 import json
 import random
-import urllib.request
+import sys
+from asyncio.subprocess import PIPE
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from time import monotonic
 
 import grpc.aio
 
-from loraplex import AsyncClient
 from tests.e2e.processes import Server
 from tests.e2e.tiny import save_adapter, save_model
-from tests.fuzz.grpc import GrpcRequest, call, odd_message
-from tests.fuzz.http import HttpRequest, odd_request, send
+from tests.fuzz.canary import Seen
+from tests.fuzz.frames import odd_frames
+from tests.fuzz.grpc import call, odd_message
+from tests.fuzz.http import Api, odd_request, read_api, send
 from tests.stand_in_hub import StandInHub
 
-FLAGS = "--max-model-len=600", "--kv-blocks=256", "--threads=1", "--max-adapters-on-device=4"
+FLAGS = "--max-model-len=600", "--kv-blocks=256", "--threads=1", "--max-adapters-on-device=4", "--store=memory"
 AT_A_TIME = 8
-CANARY = {"prompt": "A canary", "max_new_tokens": 200, "ignore_eos": True, "seed": 1, "temperature": 1.0}
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
 class Report:
     statuses: Counter[str] = field(default_factory=Counter)  # of the answers
     faults: list[str] = field(default_factory=list)
-    canaries: int = 0
-    gaps: list[float] = field(default_factory=list)  # seconds between two pieces of a canary
+    seen: Seen = field(default_factory=Seen)
 
     def __str__(self) -> str:
         answers = ", ".join(f"{count} {status}" for status, count in self.statuses.most_common())
-        gaps = sorted(self.gaps)
+        gaps = sorted(self.seen.gaps)
         longest, nearly = (f"{gap * 1000:.0f} ms" for gap in (gaps[-1], gaps[len(gaps) * 999 // 1000]))
         heads = (
             f"{self.statuses.total()} requests: {answers}",
-            f"{self.canaries} canaries: gaps up to {longest}, 99.9 % up to {nearly}",
+            f"{self.seen.canaries} canaries: gaps up to {longest}, 99.9 % up to {nearly}",
             f"{len(self.faults)} faults",
         )
         return "\n".join([*heads, *self.faults])
@@ -49,54 +48,38 @@ async def fuzz(folder: Path, seed: int, requests: int) -> Report:
     model = save_model(folder / "model")
     save_adapter(model, folder / "adapters" / "red", 8, 0)
     (folder / "registry.yaml").write_text("adapters: {}\n")
-    flags = f"--adapters={folder / 'adapters'}", f"--adapter-registry={folder / 'registry.yaml'}", *FLAGS
+    (folder / "batches").mkdir()
+    places = {"adapters": "adapters", "adapter-registry": "registry.yaml", "batches": "batches"}
+    flags = *(f"--{flag}={folder / name}" for flag, name in places.items()), *FLAGS
     report = Report()
     with StandInHub() as hub, Server(str(model), *flags, env={"HF_ENDPOINT": hub.url, "HF_TOKEN": ""}) as server:
-        over, numbers = asyncio.Event(), iter(range(requests))
-        names = await asyncio.to_thread(field_names, server.url)
-        async with AsyncClient(server.address) as client:
-            undisturbed = (await client.generate(**CANARY)).text
-            watching = asyncio.create_task(watch(client, undisturbed, over, report))
-            await asyncio.gather(*(attack(server, names, seed, numbers, report) for _ in range(AT_A_TIME)))
-            over.set()
-            await watching
+        api, numbers = await asyncio.to_thread(read_api, server.url), iter(range(requests))
+        command = sys.executable, "-m", "tests.fuzz.canary", server.address
+        canary = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, cwd=ROOT)
+        assert canary.stdout and await canary.stdout.readline() == b"ready\n"
+        try:
+            await asyncio.gather(*(attack(server, api, seed, numbers, report) for _ in range(AT_A_TIME)))
+        finally:
+            written, _ = await canary.communicate(b"")  # which ends its standard input
+        report.seen = Seen(**json.loads(written))
         await asyncio.to_thread(server.assert_nothing_is_held)
+    report.faults += report.seen.faults
     report.faults += [line for line in server.log.splitlines() if line.startswith("Traceback")]
     return report
 
 
-async def watch(client: AsyncClient, undisturbed: str, over: asyncio.Event, report: Report) -> None:
-    """One canary after the other."""
-    while not over.is_set():
-        text, times = "", list[float]()
-        async for piece in client.stream(**CANARY):
-            times.append(monotonic())
-            text += piece.text
-        report.gaps += [later - earlier for earlier, later in pairwise(times)]
-        report.canaries += 1
-        if text != undisturbed:
-            report.faults.append(f"the canary said {text!r}, not {undisturbed!r}")
-
-
-async def attack(server: Server, names: Sequence[str], seed: int, numbers: Iterator[int], report: Report) -> None:
+async def attack(server: Server, api: Api, seed: int, numbers: Iterator[int], report: Report) -> None:
     """One odd request after the other; its number and the seed make each."""
+    http_port, grpc_port = (int(address.rpartition(":")[2]) for address in (server.url, server.address))
     async with grpc.aio.insecure_channel(server.address) as channel:
         for number in numbers:
             dice = random.Random(f"{seed} {number}")
-            sent = odd_message(dice) if number % 2 else odd_request(names, dice)
-            match sent:
-                case GrpcRequest():
-                    status, wrong = await call(channel, sent)
-                case HttpRequest():
-                    status, wrong = await send(int(server.url.rpartition(":")[2]), sent)
+            if number % 2 and dice.random() < 0.95:
+                message = odd_message(dice)
+                sent, (status, wrong) = str(message), await call(channel, message)
+            else:
+                request, port = (odd_frames(dice), grpc_port) if number % 2 else (odd_request(api, dice), http_port)
+                sent, (status, wrong) = str(request), await send(port, request)
             report.statuses[status] += 1
             if wrong:
                 report.faults.append(f"number {number}: {sent}\n  {wrong[:1500]}")
-
-
-def field_names(url: str) -> list[str]:
-    """The names of all fields in the server's document."""
-    with urllib.request.urlopen(f"{url}/openapi.json") as response:
-        document = json.load(response)
-    models = document["components"]["schemas"].values()
-    return sorted({name for model in models for name in model.get("properties", ())})

@@ -7,5 +7,5 @@ from tests.fuzz.run import fuzz
 
 async def test_odd_requests_are_answered_and_a_stream_beside_them_is_not_changed(tmp_path: Path):
     report = await fuzz(tmp_path, seed=1, requests=400)
-    assert report.statuses["200"] and report.statuses["OK"] and report.canaries
+    assert report.statuses["200"] and report.statuses["OK"] and report.seen.canaries
     assert report.faults == []
