@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from loraplex.cli.main import app
+from tests.full_disk import full_disk
 
 LINE = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"prompt": "one\u2028two"}}
 
@@ -25,6 +26,15 @@ class UnknownKey(BaseHTTPRequestHandler):
 class Gone(UnknownKey):
     def do_POST(self) -> None:
         self.close_connection = True
+
+
+class Answering(UnknownKey):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
 
 
 @pytest.fixture
@@ -67,3 +77,16 @@ def test_a_line_that_nobody_could_answer_is_sent_again_by_the_next_call(
     result = batch(requests, answers, url)
     assert result.exit_code == 1 and message in result.output
     assert answers.read_bytes() == b""
+
+
+@pytest.mark.parametrize("url", [Answering], indirect=True)
+def test_after_a_full_disk_the_next_call_goes_on(requests: Path, tmp_path: Path, url: str) -> None:
+    requests.write_text("".join(json.dumps({**LINE, "custom_id": f"{number}"}) + "\n" for number in range(9)))
+    answers = tmp_path / "answers.jsonl"
+    with full_disk(300):  # room for some answers
+        result = batch(requests, answers, url)
+    assert result.exit_code == 1 and "answers cannot be written: File too large" in result.output
+    assert answers.stat().st_size == 300
+    assert batch(requests, answers, url).exit_code == 0
+    rows = [json.loads(line)["custom_id"] for line in answers.read_text().splitlines()]
+    assert sorted(rows) == [f"{number}" for number in range(9)]

@@ -144,9 +144,14 @@ def _write(answer: Future[Line], output: IO[bytes]) -> bool:
     if row["response"]["status_code"] == 401:  # not an answer to the line: it is to be sent again with another key
         typer.echo("error: the server does not know this API key: give another one with --api-key", err=True)
         raise typer.Exit(1)
-    output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-    output.flush()
-    os.fsync(output.fileno())
+    try:
+        data = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        while data:
+            data = data[os.write(output.fileno(), data) :]
+        os.fsync(output.fileno())
+    except OSError as error:
+        typer.echo(f"error: answers cannot be written: {error.strerror}. The next call goes on from here.", err=True)
+        raise typer.Exit(1) from None
     return bool(row["response"]["status_code"] >= 400)
 
 

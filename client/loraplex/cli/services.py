@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import typer
@@ -64,7 +64,8 @@ def router(context: typer.Context) -> None:
     warn_of_variables(RouterSettings, "router")
 
     def ready(http_port: int, grpc_port: int, info: GetModelInfoResponse, adapters: list[str]) -> None:
-        print(f"gRPC {settings.url_host}:{grpc_port}  HTTP {settings.url_host}:{http_port}", flush=True)
+        with suppress(OSError):  # its reader is gone, or the disk is full
+            print(f"gRPC {settings.url_host}:{grpc_port}  HTTP {settings.url_host}:{http_port}", flush=True)
 
     with _errors_shown():
         _run_on_uvloop(app.run(settings, ready))

@@ -4,6 +4,7 @@ the ranks cannot be restarted."""
 import asyncio
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -72,7 +73,8 @@ async def _route(settings: ServeSettings, addresses: Sequence[str], ranks: Ranks
         if settings.scheme == "https":
             server = f"https://{server}"
         text = introduction(settings.model, server, http, adapters, info.has_chat_template, _pools(info))
-        console.print(text, highlight=False, soft_wrap=True)
+        with suppress(OSError, SystemExit):  # its reader is gone, for which rich ends programs, or the disk is full
+            console.print(text, highlight=False, soft_wrap=True)
 
     router = asyncio.create_task(app.run(router_settings, ready, ranks))
     keeping = asyncio.create_task(ranks.keep())
