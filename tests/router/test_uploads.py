@@ -18,6 +18,7 @@ from loraplex_protos.errors import (
     InvalidRequestError,
     OverloadedError,
     RateLimitedError,
+    UnavailableError,
 )
 from loraplex_protos.generation_pb2 import ADAPTER_TIER_DEVICE as DEVICE
 from loraplex_router.access.keys import TenantSettings
@@ -225,6 +226,19 @@ async def test_uploads_take_no_more_memory_than_they_may(cluster: Cluster):
     await settled(cluster, 0)
     gc.collect()
     await upload(cluster, bytes(1000), "other")
+
+
+async def test_a_version_that_is_removed_while_its_replica_is_lost_is_forgotten(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    version = await upload(cluster, b"one")
+
+    async def lost(digest: str) -> None:
+        raise UnavailableError("the connection was closed")
+
+    monkeypatch.setattr(cluster.shards, "unstage", lost)
+    await cluster.service.adapters.remove("policy", version)
+    assert await asyncio.gather(*cluster.administration._working) == [None]
 
 
 async def test_uploads_have_a_rate(cluster: Cluster):
