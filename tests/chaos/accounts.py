@@ -14,7 +14,9 @@ Holdings = dict[str, dict[str, float]]  # by process
 
 def holdings(cluster: Cluster) -> Holdings:
     routers = {f"router {number}": _of_router(place) for number, place in enumerate(cluster.places)}
-    return routers | {f"rank {number}": _of(pid) for number, pid in enumerate(cluster.ranks.pids())}
+    ranks = {f"rank {number}": psutil.Process(pid) for number, pid in enumerate(cluster.ranks.pids())}
+    stagers = {f"stager of {name}": rank.children()[0] for name, rank in ranks.items()}
+    return routers | {name: _of(process) for name, process in (ranks | stagers).items()}
 
 
 def growth(before: Holdings, after: Holdings) -> list[str]:
@@ -27,8 +29,7 @@ def growth(before: Holdings, after: Holdings) -> list[str]:
     ]
 
 
-def _of(pid: int) -> dict[str, float]:
-    process = psutil.Process(pid)
+def _of(process: psutil.Process) -> dict[str, float]:
     return {
         "MiB": process.memory_info().rss / MIB,
         "descriptors": process.num_fds(),
@@ -39,4 +40,4 @@ def _of(pid: int) -> dict[str, float]:
 def _of_router(place: Place) -> dict[str, float]:
     router = place.router
     of_loop = {"tasks": router.metric("loraplex_tasks"), "series": len(router.metrics().splitlines())}
-    return _of(router.process.pid) | of_loop
+    return _of(psutil.Process(router.process.pid)) | of_loop

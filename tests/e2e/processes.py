@@ -146,6 +146,12 @@ class MortalShard(Shard):
     module = "tests.e2e.mortal_shard"
 
 
+class ForkingShard(Shard):
+    """A shard that gets SIGTERM while it forks."""
+
+    module = "tests.e2e.forking_shard"
+
+
 def free_port() -> int:
     """A free port, for a process that needs a fixed one."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -33,7 +33,7 @@ from loraplex import (
 )
 from loraplex_protos import shard_pb2
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
-from tests.e2e.processes import Process, Server, Shard, free_port, run
+from tests.e2e.processes import ForkingShard, Process, Server, Shard, free_port, run
 from tests.e2e.tiny import Oracle, byte_tokenizer
 
 FOREVER = {"max_new_tokens": 6000, "ignore_eos": True}
@@ -202,6 +202,13 @@ def test_a_server_that_is_stopped_while_it_starts_leaves_nothing(model: Path, tm
         assert serve.process.wait(60) == 0
     assert psutil.wait_procs(ranks, timeout=30)[1] == []
     assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_that_is_stopped_while_it_forks_its_stager_ends(model: Path):
+    flags = f"--model={model}", f"--listen=127.0.0.1:{free_port()}", "--kv-blocks=64", "--threads=1"
+    with ForkingShard(*flags) as shard:
+        assert shard.process.wait(120) == 0
+    assert "Exception ignored" in shard.log
 
 
 def test_a_shard_that_stops_does_not_wait_for_a_download(model: Path):

@@ -105,7 +105,11 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     kernels = load_kernels(device, settings.kernels)
     group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device, kernels)
 
+    stopped = False
+
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
         group.let_go()
         sys.exit(0)
 
@@ -125,6 +129,8 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
             logger.info("rank %d of %d is serving at %s", settings.rank, settings.tp, settings.listen)
             try:
                 while (trouble := troubles.wait(POLL_SECONDS)) is None:
+                    if stopped:  # while the model was loaded, at a place where exceptions are ignored, such as a fork
+                        sys.exit(0)
                     if service.hangs:
                         troubles.report("a step hangs that no router waits for any more")
             except SystemExit:  # the router is told, finishes its sequences here, and leaves
