@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(600)
 def test_everything_passes_tiny_and_is_written(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "bench.gpu", "all", "--device", "cpu", "--minutes", "60", "--json", str(output)]
+    command = [sys.executable, "-m", "bench.gpu", "all", "--device", "cpu", "--minutes", "600", "--json", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     results = json.loads(output.read_text())["results"]
