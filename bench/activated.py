@@ -37,7 +37,7 @@ def save_adapters(directory: Path) -> dict[str, list[str]]:
             if "lora_" in key:
                 parameter.data.normal_(std=0.01)
         for kind, tokens in (("plain", None), ("activated", list(INVOCATION))):
-            model.peft_config["default"].alora_invocation_tokens = tokens
+            model.peft_config["default"].alora_invocation_tokens = tokens  # type: ignore[attr-defined]
             names[kind].append(f"{kind}-{number}")
             model.save_pretrained(str(directory / names[kind][-1]))
         base = model.unload()

@@ -63,7 +63,7 @@ def bare_app(seconds: float) -> FastAPI:
 async def main() -> None:
     seconds = float(sys.argv[1])
     server = grpc.aio.server()
-    add_GenerationServiceServicer_to_server(BareGrpc(seconds), server)
+    add_GenerationServiceServicer_to_server(BareGrpc(seconds), server)  # type: ignore[abstract]
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     web = uvicorn.Server(uvicorn.Config(bare_app(seconds), port=0, log_level="error"))

@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -50,7 +50,7 @@ class Neighbours:
         self.gaps: list[float] = []
 
     @asynccontextmanager
-    async def streaming(self) -> Iterator[None]:
+    async def streaming(self) -> AsyncIterator[None]:
         tasks = [asyncio.create_task(self._stream()) for _ in range(STREAMS)]
         try:
             yield

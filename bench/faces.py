@@ -74,7 +74,7 @@ async def router_seconds(router: psutil.Process, target: Target, output_tokens: 
 async def router_costs(console: Console) -> None:
     with tempfile.TemporaryDirectory() as directory:
         listen = f"unix:{directory}/shard"
-        shard = StandInServer(StandInShard(Timing(step=STEP_SECONDS)), listen)
+        shard = StandInServer(StandInShard(Timing(step=STEP_SECONDS)), listen)  # type: ignore[abstract]
         router, bare = Loraplex("router", "--shards", listen), Loraplex.bare(STEP_SECONDS)
         async with shard, running(router) as ours, running(bare) as floor:
             for face, (form, wanted) in FACES.items():

@@ -39,7 +39,7 @@ MODELS: dict[str, PreTrainedConfig | None] = {
         head_dim=256,
         sliding_window=512,
     ),
-    "Phi 2, in the shape of a tenth": PhiConfig(
+    "Phi 2, in the shape of a tenth": PhiConfig(  # type: ignore[call-arg]
         vocab_size=VOCABULARY,
         hidden_size=1024,
         intermediate_size=4096,

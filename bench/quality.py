@@ -73,7 +73,7 @@ def quality(
         checkpoint = open_checkpoint(model)
         tokenizer = Tokenizer.from_str(checkpoint.tokenizer().tokenizer_json.decode())
         ids = tokenizer.encode(text.read_text(), add_special_tokens=False).ids[:tokens]
-        windows = torch.tensor(ids).split(window)
+        windows = torch.split(torch.tensor(ids), window)
         Console().print(table(measure(checkpoint, windows), len(ids)))
     except LoraplexError as error:
         typer.echo(f"error: {error}", err=True)
@@ -107,7 +107,7 @@ def weight_bytes(decoder: Decoder) -> int:
     """Bytes of the weights; a tied head does not count again."""
     layers = [module for module in decoder.modules() if isinstance(module, LoadableLayer) and module.matrix]
     matrices = [layer.weight.nbytes for layer in layers if not (decoder.spec.tied and layer is decoder.lm_head)]
-    return sum(matrices) + sum(parameter.nbytes for parameter in decoder.parameters())
+    return sum([*matrices, *(parameter.nbytes for parameter in decoder.parameters())])
 
 
 def table(results: dict[str, Quality], tokens: int) -> Table:

@@ -84,13 +84,12 @@ async def simulate(kind: type[Replicas], load: Load) -> Outcome:
     """Runs the load on its own router."""
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        shards = [StandInShard(TIMING) for _ in range(load.replicas)]
+        shards = [StandInShard(TIMING) for _ in range(load.replicas)]  # type: ignore[abstract]
         addresses = tuple(f"unix:{folder}/{number}" for number in range(load.replicas))
         for shard, address in zip(shards, addresses, strict=True):
             await stack.enter_async_context(StandInServer(shard, address))
-        settings = RouterSettings(
-            shards=addresses, max_adapters_on_device=load.slots, adapter_host_gib=load.host_mib / 1024
-        )
+        said = {"max_adapters_on_device": load.slots, "adapter_host_gib": load.host_mib / 1024}
+        settings = RouterSettings.model_validate({"shards": addresses, **said})
         telemetry = stack.enter_context(open_telemetry(settings))
         resolutions, replicas = Resolutions(), kind(telemetry, move_seconds=1)
         registry = Registry()

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bench.engine.figures import Figure, in_process
+from bench.engine.figure import Figure
+from bench.engine.figures import in_process
 from bench.engine.plot import draw
 
 

@@ -41,7 +41,8 @@ class ExpertsStepper(Stepper):
     def __init__(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**CONFIG), dtype=torch.bfloat16)
+            config = Qwen3MoeConfig(**CONFIG)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
             model.save_pretrained(directory)
             super().__init__("none", decoder=load_model("none", model=str(Path(directory))))
         for layer in self.cache.layers:
@@ -61,7 +62,7 @@ class ExpertsStepper(Stepper):
         """Bytes that the last step of `batch` sequences read: all weights except the experts that were not chosen."""
         (size,) = {sum(e.weight.nbytes for e in pair) for pair in self._experts()}
         hit = sum(int((starts.diff() > 0).sum()) for starts in self._starts_by_tokens[batch])
-        return self.weight_bytes + hit * size + self.kv_bytes(batch, CONTEXT)
+        return self.weight_bytes + hit * int(size) + self.kv_bytes(batch, CONTEXT)
 
     def _experts(self) -> Iterator[tuple[Any, ...]]:
         experts = [m for m in self.decoder.modules() if isinstance(m, ExpertLinear)]

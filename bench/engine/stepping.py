@@ -84,7 +84,7 @@ class Stepper:
         self.runner = Runner(
             self.decoder,
             self.cache,
-            self._slots,  # type: ignore[arg-type]
+            self._slots,
             Group(0, 1),
             sequences,
             max_model_len,

@@ -87,12 +87,14 @@ class RandomCheckpoint(Checkpoint):
 
     @property
     def architecture(self) -> str:
-        return AutoModelForCausalLM._model_mapping[type(self._config)].__name__
+        kind: Any = AutoModelForCausalLM._model_mapping[type(self._config)]
+        return str(kind.__name__)
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
-            tensors = AutoModelForCausalLM.from_config(self._config).state_dict()
+            model = AutoModelForCausalLM.from_config(self._config)  # type: ignore[no-untyped-call]
+        tensors = model.state_dict()
         if self._config.tie_word_embeddings:
             del tensors["lm_head.weight"]
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -110,9 +112,9 @@ class RandomCheckpoint(Checkpoint):
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
         generator = torch.Generator(self._device).manual_seed(crc32(name.encode()))
         shape = self._shapes[name]
-        tensor = torch.randn(shape, generator=generator, device=self._device)
+        tensor: torch.Tensor = torch.randn(shape, generator=generator, device=self._device)
         if len(shape) == 2:
-            return tensor[rows, columns] * shape[1] ** -0.5
+            return tensor[rows, columns] * float(shape[1] ** -0.5)
         return tensor[rows] * 0.2 + name.endswith("norm.weight")
 
     def read_quantized(
@@ -150,7 +152,7 @@ def reference(
     """transformers' model with the same weights. `added`: what an adapter adds to the weights of modules."""
     checkpoint = RandomCheckpoint(config, torch.device(device))
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     tensors = {name: checkpoint.read(name) for name in checkpoint.names}
     for module, delta in (added or {}).items():
         tensors[f"{module}.weight"] = tensors[f"{module}.weight"] + delta

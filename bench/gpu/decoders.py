@@ -77,7 +77,7 @@ def _generate(
     runner = Runner(
         decoder,
         decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE),
-        slots,  # type: ignore[arg-type]
+        slots,
         Group(0, 1),
         len(prompts),
         MAX_MODEL_LEN,

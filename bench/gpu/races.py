@@ -66,7 +66,7 @@ class Replay:
         self._runner = Runner(
             decoder,
             self._cache,
-            self._slots,  # type: ignore[arg-type]
+            self._slots,
             Group(0, 1),
             rows,
             MAX_MODEL_LEN,

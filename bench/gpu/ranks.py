@@ -65,7 +65,7 @@ def _generate(rank: int, size: int, url: str, device: DeviceName) -> list[list[i
         decoder = load(tiny(MODEL), device, torch.float32, max_model_len=MAX_MODEL_LEN, group=group)
         cache, grammars = decoder.new_cache(NUM_BLOCKS, BLOCK_SIZE), GrammarCompiler(b"{}", decoder.vocab_size, ())
         lengths, slots = LENGTHS[device], Slots()
-        runner = Runner(decoder, cache, slots, group, len(lengths), MAX_MODEL_LEN, where, grammars)  # type: ignore[arg-type]
+        runner = Runner(decoder, cache, slots, group, len(lengths), MAX_MODEL_LEN, where, grammars)
         planner = Planner()
         for row, length in enumerate(lengths):
             planner.start(row, random_tokens(length, length))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ from bench.targets import OVER_GRPC, open_target
 from loraplex_shard.lora.weights.deltas import name_of_a, name_of_b
 
 # The shape of Llama 3.2 1B: small enough to be written and read in seconds.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -97,7 +98,8 @@ def save_model(config: PreTrainedConfig, device: DeviceName, directory: Path) ->
     config.eos_token_id = 2
     config.save_pretrained(directory)
     words = models.WordLevel({f"w{token}": token for token in range(config.vocab_size)}, unk_token="w0")
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="w2").save_pretrained(directory)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="w2")  # type: ignore[no-untyped-call]
+    tokenizer.save_pretrained(directory)
 
 
 def save_adapters(config: PreTrainedConfig, device: DeviceName, directory: Path, count: int) -> tuple[str, ...]:

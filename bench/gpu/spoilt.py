@@ -7,7 +7,7 @@ import torch
 
 
 def is_spoilt() -> bool:
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return False
     try:
         torch.cuda.synchronize()
