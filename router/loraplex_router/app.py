@@ -184,7 +184,7 @@ class Router:
         await self._replicas.ready.wait()
         gc.freeze()  # objects from start-up are left out of later collections
         try:
-            names = await self._administration.names()
+            names = await self._administration.listing.names()
         except LoraplexError:  # the replica has left again
             names = frozenset()
         ready(sorted(names))

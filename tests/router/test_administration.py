@@ -41,7 +41,7 @@ async def cluster() -> AsyncIterator[Cluster]:
 
 
 async def listed(cluster: Cluster) -> dict[str, AdapterStatus]:
-    return {status.id: status for status in (await cluster.administration.list()).adapters}
+    return {status.id: status for status in (await cluster.administration.listing.page()).adapters}
 
 
 async def on_both(cluster: Cluster) -> None:
@@ -358,12 +358,12 @@ async def test_pages_together_are_the_whole_listing(cluster: Cluster):
     shards.local = [LocalAdapter(name) for name in names]
     await cluster.answer(1, adapter=names[1])
     await cluster.administration.load(AdapterReference(names[1], "local"))  # the same id again
-    whole, more = await cluster.administration.list()
+    whole, more = await cluster.administration.listing.page()
     assert (len(whole), more) == (2001, False)
     for limit in 1, 2, 700, 2000, 2001, 5000:
         found, after, pages = [], "", 0
         while True:
-            page, more = await cluster.administration.list(after=after, limit=limit)
+            page, more = await cluster.administration.listing.page(after=after, limit=limit)
             found, pages = [*found, *page], pages + 1
             if not more:
                 break
@@ -372,22 +372,22 @@ async def test_pages_together_are_the_whole_listing(cluster: Cluster):
             if pages == 3 and limit < 3:  # enough of those
                 break
         assert [(each.id, each.source) for each in found] == [(each.id, each.source) for each in whole[: len(found)]]
-    assert not (await cluster.administration.list(after="zzz", limit=5)).adapters
-    only = await cluster.administration.list(lambda id: id.endswith("7"), after="adapter-00100", limit=2)
+    assert not (await cluster.administration.listing.page(after="zzz", limit=5)).adapters
+    only = await cluster.administration.listing.page(lambda id: id.endswith("7"), after="adapter-00100", limit=2)
     assert [each.id for each in only.adapters] == ["adapter-00107", "adapter-00117"]
 
 
 async def test_later_pages_do_not_ask_the_shards_again(cluster: Cluster):
     shards = cluster.replica.shards
     shards.local = [LocalAdapter("a"), LocalAdapter("c")]
-    first = await cluster.administration.list(limit=1)
+    first = await cluster.administration.listing.page(limit=1)
     shards.local = [LocalAdapter("a"), LocalAdapter("b"), LocalAdapter("c")]
-    second = await cluster.administration.list(after="a", limit=1)
+    second = await cluster.administration.listing.page(after="a", limit=1)
     assert [each.id for each in (*first.adapters, *second.adapters)] == ["a", "c"]
-    assert [each.id for each in (await cluster.administration.list()).adapters] == ["a", "b", "c"]
+    assert [each.id for each in (await cluster.administration.listing.page()).adapters] == ["a", "b", "c"]
 
 
 async def test_a_listing_without_a_replica_is_an_error(cluster: Cluster):
     cluster.replica.stopping = True
     with pytest.raises(UnavailableError, match="no replica is ready"):
-        await cluster.administration.list()
+        await cluster.administration.listing.page()

@@ -39,7 +39,7 @@ def register(cluster: Cluster, *ids: str) -> None:
 
 
 async def status(cluster: Cluster, id: str) -> AdapterStatus:
-    return next(each for each in (await cluster.administration.list()).adapters if each.id == id)
+    return next(each for each in (await cluster.administration.listing.page()).adapters if each.id == id)
 
 
 def results(cluster: Cluster, id: str) -> list[Prefetched]:

@@ -315,7 +315,7 @@ async def test_a_pin_moves_with_the_alias_that_was_pinned_and_stays_with_a_versi
         cluster.administration.follow_pins()
         while cluster.administration._working:
             await asyncio.sleep(0)
-        found = [status.id for status in (await cluster.administration.list()).adapters if status.pinned]
+        found = [status.id for status in (await cluster.administration.listing.page()).adapters if status.pinned]
         cluster.administration.unpin(cluster.registry.resolve_one(AdapterReference(found[0]), None))
         return found
 

@@ -292,7 +292,8 @@ async def test_the_memory_for_streams_is_limited_in_time_and_bytes(monkeypatch: 
 
 
 @needs_redis
-async def test_a_call_to_the_redis_server_can_be_cancelled_at_any_time(tmp_path: Path):
+async def test_a_call_to_the_redis_server_can_be_cancelled_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("loraplex_router.store.redis_server.TIMEOUT", 60.0)
     with redis_server(tmp_path) as (url, _):
         for turns in range(6):
             server = RedisServer(url)

@@ -104,7 +104,7 @@ async def test_a_pinned_name_stays_pinned_when_it_is_replaced(cluster: Cluster):
     for content in (b"one", b"two", b"two"):
         version = await upload(cluster, content)
         await cluster.service.adapters.pin(policy) if content == b"one" else await settled(cluster, 1)
-        (status,) = [each for each in (await cluster.administration.list()).adapters if "@" in each.id]
+        (status,) = [each for each in (await cluster.administration.listing.page()).adapters if "@" in each.id]
         assert (status.id, status.pinned, status.tier) == (f"policy@{version}", True, DEVICE)
     await cluster.service.adapters.unpin(policy)
     await upload(cluster, b"three")
@@ -139,7 +139,9 @@ async def test_nothing_is_left_of_a_thousand_swaps(cluster: Cluster, monkeypatch
     gc.collect()
     assert len(list(cluster.resolutions)) == 1
     assert cluster.uploads._free == 1000 - len(b"999")
-    assert len([status for status in (await cluster.administration.list()).adapters if "policy" in status.id]) == 2
+    assert (
+        len([status for status in (await cluster.administration.listing.page()).adapters if "policy" in status.id]) == 2
+    )
     assert list(cluster.telemetry._labels) == ["base", "policy"]
 
 

@@ -106,7 +106,7 @@ class Uploads:
             others = [replica for replica in self._replicas if replica.accepting and replica is not first]
             # One where this fails now is sent it again by the first request.
             await asyncio.gather(*(other.adapters.resolve(reference) for other in others), return_exceptions=True)
-            status = self._administration.status(reference)
+            status = self._administration.listing.status(reference)
             if self._declarations.keep_uploads:
                 await self._declarations.add_upload(replace(version, digest=status.digest), upload.expected_version)
             else:
@@ -157,7 +157,7 @@ class Uploads:
 
     async def _check_directory(self, name: str) -> None:
         """A folder's name would mean the folder again after a restart."""
-        if name not in self._registry.uploads and await self._administration.in_directory(name):
+        if name not in self._registry.uploads and await self._administration.listing.in_directory(name):
             raise AdapterConflictError(f"the adapter directory has {quote(name)}: use another name")
 
     def _count(self) -> None:

@@ -73,7 +73,7 @@ class Service:
         self.responses = ResponseStore(stored_responses_bytes)
         self.batches = batches
         self._replicas = replicas
-        suggestions = Suggestions(administration.names)
+        suggestions = Suggestions(administration.listing.names)
         self.adapters = Adapters(keys, administration, uploads, declarations, suggestions, lambda: self._known_model)
         self._preparation = Preparation(replicas, suggestions, lambda: self._known_model)
         self.requests = Requests(

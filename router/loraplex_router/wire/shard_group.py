@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
@@ -22,12 +22,11 @@ from loraplex_protos.errors import (
     UnavailableError,
     quote,
 )
-from loraplex_protos.generation_pb2 import UploadedFile
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
-from loraplex_router.vocabulary.adapter import Adapter, Fetch, Invocation, LocalAdapter, StagedAdapter
-from loraplex_router.vocabulary.chat import AdapterTokenizer, ChatTemplates
+from loraplex_router.vocabulary.adapter import Adapter, Fetch, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
+from loraplex_router.wire.adapter_codec import merge_parts, read_invocation, read_staged, upload_parts
 from loraplex_router.wire.calls import agree, check_health, typed, watch_health
 from loraplex_router.wire.codec import encode_grammar
 from loraplex_router.wire.discovery import Address
@@ -48,7 +47,6 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
 
 RETRY_SECONDS = 0.1
 AT_A_TIME = 500  # local adapters decoded without a pause
-UPLOAD_PART = 2**20  # bytes of a message
 ANSWER_SECONDS = 5.0  # for GetInfo, which needs no computation
 PING_SECONDS = 0.5  # between an answer and the next ping
 # A rank's port opens once its model is loaded: a closed port is not logged for this long.
@@ -222,14 +220,14 @@ class ShardGroup:
             others = await asyncio.gather(*(typed(rank.StageAdapter(request)) for rank in self._ranks[1:]))
             if any(other.digest != first.digest for other in others):
                 raise AdapterSourceError(f"adapter {quote(reference.id)}: the ranks read different files")
-        return _read_staged([first, *others])
+        return read_staged([first, *others])
 
     async def upload(self, upload: Upload) -> StagedAdapter:
         """Sends the files to all ranks."""
         files = await asyncio.to_thread(upload.read)
         with self._observer.loading("host"):
-            answers = await self._on_all(lambda rank: rank.StageUpload(_parts(files)))
-        return _read_staged([answer.adapter for answer in answers])
+            answers = await self._on_all(lambda rank: rank.StageUpload(upload_parts(files)))
+        return read_staged([answer.adapter for answer in answers])
 
     async def merge(
         self, digest: str, digests: Sequence[str], merged: MergedReference, uploads: Mapping[str, Upload]
@@ -247,7 +245,7 @@ class ShardGroup:
         files = {digest: await asyncio.to_thread(upload.read) for digest, upload in uploads.items()}
         with self._observer.loading("host"):
             if files:
-                sent = await self._on_all(lambda rank: rank.MergeUploads(_merge_parts(request, files)))
+                sent = await self._on_all(lambda rank: rank.MergeUploads(merge_parts(request, files)))
                 answers = [each.merged for each in sent]
             else:
                 answers = await self._on_all(lambda rank: rank.MergeAdapters(request))
@@ -285,7 +283,7 @@ class ShardGroup:
         for number, adapter in enumerate(answer.adapters):
             if number % AT_A_TIME == 0:
                 await asyncio.sleep(0)  # there may be thousands: let other tasks run
-            invocation = _read_invocation(adapter)
+            invocation = read_invocation(adapter)
             found.append(LocalAdapter(adapter.id, adapter.fault, tuple(adapter.warnings), invocation))
         return found
 
@@ -306,58 +304,3 @@ class ShardGroup:
 
     async def _on_all(self, call: Callable[["ShardServiceAsyncStub"], Awaitable[T]]) -> list[T]:
         return await asyncio.gather(*(typed(call(rank)) for rank in self._ranks))
-
-
-async def _parts(files: Mapping[str, memoryview]) -> AsyncIterator[pb.StageUploadRequest]:
-    yield pb.StageUploadRequest(files=_announced(files))
-    for data in _contents(files):
-        yield pb.StageUploadRequest(data=data)
-
-
-async def _merge_parts(
-    merge: pb.MergeAdaptersRequest, uploads: Mapping[str, Mapping[str, memoryview]]
-) -> AsyncIterator[pb.MergeUploadsRequest]:
-    sent = [pb.SentAdapter(digest=digest, files=_announced(files)) for digest, files in uploads.items()]
-    yield pb.MergeUploadsRequest(merge=merge, sent=sent)
-    for files in uploads.values():
-        for data in _contents(files):
-            yield pb.MergeUploadsRequest(data=data)
-
-
-def _announced(files: Mapping[str, memoryview]) -> list[UploadedFile]:
-    return [UploadedFile(name=name, size_bytes=len(data)) for name, data in files.items()]
-
-
-def _contents(files: Mapping[str, memoryview]) -> Iterator[bytes]:
-    for data in files.values():
-        for start in range(0, len(data), UPLOAD_PART):
-            yield bytes(data[start : start + UPLOAD_PART])
-
-
-def _read_staged(ranks: Sequence[pb.StageAdapterResponse]) -> StagedAdapter:
-    first = ranks[0]
-    return StagedAdapter(
-        first.digest,
-        first.source,
-        first.revision,
-        first.lora_rank,
-        sum(rank.size_bytes for rank in ranks),
-        max(rank.device_bytes for rank in ranks),
-        _read_tokenizer(first),
-        tuple(first.warnings),
-        _read_invocation(first),
-        first.classifier if first.HasField("classifier") else None,
-    )
-
-
-def _read_tokenizer(staged: pb.StageAdapterResponse) -> AdapterTokenizer:
-    default = {"default": staged.chat_template} if staged.chat_template else {}
-    templates = ChatTemplates(default | dict(staged.named_chat_templates), dict(staged.special_tokens))
-    ends, error = tuple(staged.end_token_ids), staged.chat_template_error
-    defaults = {field.name: value for field, value in staged.sampling_defaults.ListFields()}
-    return AdapterTokenizer(templates, ends, error, staged.tokenizer_json, staged.vocab_size, defaults)
-
-
-def _read_invocation(adapter: pb.StageAdapterResponse | pb.LocalAdapter) -> Invocation | None:
-    given = adapter.invocation
-    return Invocation(tuple(given.token_ids), given.lag) if adapter.HasField("invocation") else None
