@@ -88,8 +88,9 @@ async def simulate(kind: type[Replicas], load: Load) -> Outcome:
         addresses = tuple(f"unix:{folder}/{number}" for number in range(load.replicas))
         for shard, address in zip(shards, addresses, strict=True):
             await stack.enter_async_context(StandInServer(shard, address))
-        said = {"max_adapters_on_device": load.slots, "adapter_host_gib": load.host_mib / 1024}
-        settings = RouterSettings.model_validate({"shards": addresses, **said})
+        settings = RouterSettings(
+            shards=addresses, max_adapters_on_device=load.slots, adapter_host_gib=load.host_mib / 1024
+        )
         telemetry = stack.enter_context(open_telemetry(settings))
         resolutions, replicas = Resolutions(), kind(telemetry, move_seconds=1)
         registry = Registry()

@@ -85,7 +85,7 @@ def _measure(device: DeviceName, shape: str, chunks: Chunks) -> list[Row]:
     """In several layers, one after the other."""
     stepper = make_stepper(device)
     ops, where, dtype = stepper.decoder.ops, stepper.decoder.device, stepper.decoder.dtype
-    heads: Heads = stepper.decoder.layers[0].attention.heads
+    heads: Heads = stepper.decoder.layers[0].attention.heads  # type: ignore[assignment, union-attr]
     batch, _ = batch_of(chunks, where)
     qkv = torch.randn(batch.starts[-1], heads.width, device=where).to(dtype)
     bytes_each = 2 * sum(batch.context_lengths) * heads.kv * heads.dim * dtype.itemsize
@@ -166,4 +166,4 @@ def _one_by_one(
 
 
 def _queries(qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
-    return qkv[:, : heads.query * heads.dim].unflatten(1, (heads.query, heads.dim))
+    return torch.unflatten(qkv[:, : heads.query * heads.dim], 1, (heads.query, heads.dim))

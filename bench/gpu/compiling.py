@@ -48,7 +48,7 @@ def _compile(group: str, capability: int) -> list[Row]:
 
 def _rows(group: str, future: Future[list[Row]]) -> list[Row]:
     columns = "kernel", "seconds", "registers", "spilled", "shared", "wgmma"
-    rows: list[Row] = [{"group": group} | {column: row[column] for column in columns} for row in future.result()]
+    rows: list[Row] = [{"group": group, **{column: row[column] for column in columns}} for row in future.result()]
     spilled = sorted({str(row["kernel"]) for row in rows if int(row["spilled"]) > SPILLED})
     assert not spilled, f"registers are spilled in {', '.join(spilled)}"
     return rows

@@ -109,7 +109,7 @@ def _trace(folder: Path, device: DeviceName) -> Row:
 
 
 def _profiled(device: DeviceName, load: Load) -> list[Any]:
-    return list(_profile(device, load).events() or ())
+    return list(_profile(device, load).events() or ())  # type: ignore[no-untyped-call]
 
 
 def _profile(device: DeviceName, load: Load) -> torch.profiler.profile:
@@ -119,7 +119,8 @@ def _profile(device: DeviceName, load: Load) -> torch.profiler.profile:
     for _ in range(3 if device == "cuda" else 1):
         stepper.decode()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    with torch.profiler.profile(activities=activities) as profiler:
+    profiler = torch.profiler.profile(activities=activities)
+    with profiler:
         for _ in range(STEPS if device == "cuda" else 1):
             stepper.decode()
         if device == "cuda":
