@@ -178,6 +178,7 @@ def read_content(content: object):
         ("adapters:\n  x: {1: {id: a}}\n  x: {1: {id: b}}", "line 2: 'x' is there twice"),
         ("adapters: {x: {1: {id: a}, 1: {id: b}}}", "'1' is there twice"),
         ("adapters: [", "is not YAML in line"),
+        ("adapters: " + "[" * 200_000, "is not YAML: it is nested too deeply"),
         ("adapters: !!python/object/apply:os.system [ls]", "is not YAML in line 1"),
         ("- x", "the file: "),
         ("adapters: {x: {1: a}}", r"adapters\.x\.1: Input should be a valid dictionary$"),

@@ -6,10 +6,26 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
+from yaml.resolver import Resolver
 
 from loraplex_protos.errors import quote
 
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, if PyYAML was built with it: ten times as fast
+_SafeLoader: Any = yaml.SafeLoader
+if yaml.__with_libyaml__:
+    from yaml.cyaml import CParser  # type: ignore[attr-defined]
+
+    class _CSafeLoader(Composer, CParser, SafeConstructor, Resolver):
+        """Parses in C. yaml.CSafeLoader composes in C as well, which ends the process if nesting is deep."""
+
+        def __init__(self, stream: bytes) -> None:
+            CParser.__init__(self, stream)
+            Composer.__init__(self)
+            SafeConstructor.__init__(self)
+            Resolver.__init__(self)
+
+    _SafeLoader = _CSafeLoader
 
 
 class DuplicateKeyError(yaml.constructor.ConstructorError):
@@ -28,7 +44,10 @@ class _Loader(_SafeLoader):  # type: ignore[misc]
 
 def read_yaml(data: bytes) -> Any:
     """Raises yaml.YAMLError or UnicodeDecodeError."""
-    return yaml.load(data, _Loader)
+    try:
+        return yaml.load(data, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def describe(error: ValidationError) -> str:

@@ -39,12 +39,17 @@ class Registry:
     def update(self, content: Registered) -> list[AdapterReference]:
         """Replaces what is declared; it wins over uploads of the same name. Returns the versions that are not
         registered any more, or are something else now."""
-        former, self.content, self.fault = list(self.versions()), content, ""
+        former, self.content, self.fault = self.content, content, ""
+        left = [version for name, version in self.uploads.items() if self.declares(name)]
         self.uploads = {name: version for name, version in self.uploads.items() if not self.declares(name)}
+        for name, versions in former.names.items():
+            if versions != content.names.get(name):  # in a long registry, nearly all are as they were
+                left += versions.values()
         self.edition += 1
         self._notify()
-        kept = set(self.versions())
-        return [version for version in former if version not in kept]
+        return [
+            reference_to(version) for version in left if self._versions(version.name).get(version.number) != version
+        ]
 
     def versions(self) -> Iterator[AdapterReference]:
         for versions in self.content.names.values():

@@ -20,7 +20,7 @@ from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from math import isclose
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,6 +36,8 @@ from loraplex_router.adapters.upload_folder import UploadFolder
 from loraplex_router.vocabulary.references import AdapterReference, Version
 
 logger = logging.getLogger(__name__)
+
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C, if PyYAML was built with it: three times as fast
 
 Number = Annotated[int, Field(ge=1, lt=2**63, strict=False)]  # of a version; JSON's keys are texts
 Weight = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
@@ -203,7 +205,10 @@ def write_registry(content: Registered) -> str:
         for name, versions in content.names.items()
     }
     aliases = {alias: dict(targets) for alias, targets in content.aliases.items()}
-    return yaml.safe_dump({"adapters": adapters, "aliases": aliases}, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(
+        {"adapters": adapters, "aliases": aliases}, Dumper=_Dumper, sort_keys=False, allow_unicode=True
+    )
+    return text
 
 
 def check(content: Registered) -> None:
