@@ -26,7 +26,7 @@ from loraplex_shard.models.loading import load_decoder
 from loraplex_shard.ops.choose import choose_operations, load_kernels
 from loraplex_shard.serving.memory import BLOCK_SIZE
 from loraplex_shard.settings import Quantize
-from loraplex_shard.shapes.batch import Batch
+from loraplex_shard.shapes.batch import Inputs
 
 TEXT = Path(__file__).with_name("held_out.txt")
 CPU = torch.device("cpu")
@@ -137,19 +137,21 @@ def _log_probabilities(decoder: Decoder, form: Form, windows: Sequence[torch.Ten
     """For each window, the log probabilities of the token after each of its tokens: [tokens, vocab_size] float32."""
     for window in windows:
         blocks = -(-len(window) // BLOCK_SIZE)
-        places = torch.arange(len(window))
+        places, row = np.arange(len(window)), np.zeros(1, np.int64)
         tables = torch.arange(blocks, dtype=torch.int32)[None]
-        batch = Batch(
-            window,
-            places,
-            places,
-            np.array((0, len(window))),
-            np.array((len(window),)),
-            np.zeros(1, np.int64),
-            tables,
-            (),
+        inputs = Inputs(
+            token_rows=row.repeat(len(window)),
+            positions=places,
+            cache_indices=places,
+            starts=np.array((0, len(window))),
+            context_lengths=row + len(window),
+            rows=row,
+            tokens=window[None].int(),
+            block_tables=tables,
+            segments=(),
         )
-        logits = decoder.logits(decoder(batch, decoder.new_cache(blocks, BLOCK_SIZE, form.kv_dtype)), ())
+        hidden = decoder(inputs, decoder.new_cache(blocks, BLOCK_SIZE, form.kv_dtype)).hidden
+        logits = decoder.logits(hidden, ())
         assert logits is not None
         yield logits[0].log_softmax(1)
 

@@ -12,9 +12,10 @@ from bench.gpu.check import Check, DeviceName, Row
 from bench.gpu.checkpoints import load, tiny
 from bench.gpu.races import LORA_RANKS, Replay
 from loraplex_protos.shard_pb2 import StepRequest
+from loraplex_shard.ops.base import Outputs
+from loraplex_shard.ops.cuda.forms import BUCKETS
 from loraplex_shard.ops.cuda.graphs import GraphRecorder, Record
 from loraplex_shard.ops.cuda.operations import CudaOperations
-from loraplex_shard.ops.cuda.step import BUCKETS
 from tests.shard.planner import MAX_MODEL_LEN, Planner, random_tokens
 
 ROWS = 8
@@ -55,12 +56,13 @@ def _replayed(
     return Replay(decoder, held, ROWS).all(plans, in_flight=1, churning=True)
 
 
-def _computed(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+def _computed(compute: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
     """Records nothing, and computes anew."""
     result = compute()
 
     def again() -> None:
-        result.copy_(compute())
+        for old, new in zip(result.tensors, compute().tensors, strict=True):
+            old.copy_(new)
 
     return result, again
 

@@ -23,6 +23,7 @@ from loraplex_shard.checkpoint import open_checkpoint
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.models.loading import load_decoder
+from loraplex_shard.ops.base import Outputs
 from loraplex_shard.ops.cuda.graphs import Record
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.shapes.adapter import AdapterWeights
@@ -37,7 +38,7 @@ ROUNDS = 15
 
 def host_table(batches: Sequence[int], adapters: Sequence[int], rounds: int) -> Table:
     """Microseconds of a decode step: of a layer, and of all that is in no layer; launches of Triton's kernels; and
-    microseconds of a step whose forward pass is one graph."""
+    microseconds of a step that is one graph."""
     stub = StubDriver(CAPABILITY)
     stub.install()
     models = [_stepper(layers, max(batches)) for layers in LAYERS]
@@ -55,8 +56,11 @@ def host_table(batches: Sequence[int], adapters: Sequence[int], rounds: int) -> 
     return table
 
 
-def _record(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
-    return compute(), lambda: None
+def _record(compute: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+    outputs = compute()
+    for tensor in outputs.tensors:
+        tensor.fill_(1)  # what no kernel has written is finite, too
+    return outputs, lambda: None
 
 
 def _stepper(layers: int, sequences: int, record: Record | None = None) -> Stepper:

@@ -45,7 +45,7 @@ class _Counting(TorchDispatchMode):
             self._counts["copies"] += 1
         elif there and name == "aten::copy_" and args[1].device != DEVICE:
             self._counts["copies"] += 1
-            self._counts["waits"] += 1
+            self._counts["waits"] += not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
         elif there and not func.is_view and name not in ALLOCATIONS:
             indices = args[1] if name in ("aten::index", "aten::index_put_", "aten::index_put") else ()
             self._counts["waits"] += any(index is not None and index.dtype == torch.bool for index in indices)

@@ -16,7 +16,7 @@ from loraplex_shard.models import Model, load_model
 from loraplex_shard.ops.base import Operations
 from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
-from loraplex_shard.shapes.batch import Batch, Segment
+from loraplex_shard.shapes.batch import Inputs, Segment
 from loraplex_shard.shapes.layout import LinearLayout, count_indices
 from tests.shard.elsewhere import DEVICE, tested_operations
 from tests.shard.families import MAX_MODEL_LEN
@@ -41,13 +41,12 @@ class Sequences:
     def step(self, chunks: dict[str, list[int]], segments: tuple[Segment, ...] = ()) -> dict[str, torch.Tensor]:
         """Computes these tokens of each sequence. Returns their logits, [tokens, vocab]; empty on ranks other than
         0."""
-        batch = self.batch(chunks, segments)
-        logits = self.decoder.logits(self.decoder(batch, self.cache), segments)
+        logits = self.decoder.logits(self.decoder(self.inputs(chunks, segments), self.cache).hidden, segments)
         if logits is None:
             return {}
         return dict(zip(chunks, logits[0].split([len(c) for c in chunks.values()]), strict=True))
 
-    def batch(self, chunks: dict[str, list[int]], segments: tuple[Segment, ...]) -> Batch:
+    def inputs(self, chunks: dict[str, list[int]], segments: tuple[Segment, ...]) -> Inputs:
         block_size, positions, indices, starts = self.cache.block_size, [], [], [0]
         for name, tokens in chunks.items():
             first = self.computed.get(name, 0)
@@ -64,13 +63,18 @@ class Sequences:
         tables = torch.zeros((max(self.rows.values()) + 1, max(map(len, self.blocks.values()))), dtype=torch.int32)
         for name, row in self.rows.items():
             tables[row, : len(self.blocks[name])] = torch.tensor(self.blocks[name])
-        return Batch(
-            token_ids=torch.tensor([token for tokens in chunks.values() for token in tokens]),
-            positions=torch.tensor(positions),
-            cache_indices=torch.tensor(indices),
+        rows = np.array([self.rows[name] for name in chunks])
+        token_rows = np.repeat(rows, np.diff(starts))
+        known = torch.zeros((len(tables), max(positions) + 1), dtype=torch.int32)
+        known[token_rows, positions] = torch.tensor([t for tokens in chunks.values() for t in tokens]).int()
+        return Inputs(
+            token_rows=token_rows,
+            positions=np.array(positions),
+            cache_indices=np.array(indices),
             starts=np.array(starts),
             context_lengths=np.array([self.computed[name] for name in chunks]),
-            rows=np.array([self.rows[name] for name in chunks]),
+            rows=rows,
+            tokens=known,
             block_tables=tables,
             segments=segments,
         )
@@ -126,10 +130,14 @@ def whole_delta(module: str, out_features: int, in_features: int) -> tuple[torch
     return shrink, torch.randn(out_features, lora_rank, generator=generator) * 0.2
 
 
-def adapter_for(layouts: tuple[LinearLayout, ...], dtype: torch.dtype = torch.float32) -> AdapterWeights:
-    """That adapter on all linear layers, partitioned like them."""
+def adapter_for(
+    layouts: tuple[LinearLayout, ...],
+    dtype: torch.dtype = torch.float32,
+    touched: tuple[LinearLayout, ...] | None = None,
+) -> AdapterWeights:
+    """That adapter on all linear layers, or on some, partitioned like them."""
     layers = {}
-    for layout in layouts:
+    for layout in layouts if touched is None else touched:
         shrinks, expansions, start, rank_start = [], [], 0, 0
         for part in layout.parts:
             shrink, expand = whole_delta(part.module, part.out_features, layout.in_features)

@@ -15,6 +15,7 @@ import torch
 from loraplex_shard.ops.base import Operations
 from loraplex_shard.ops.reference import ReferenceOperations
 from loraplex_shard.shapes.adapter import AdapterWeights
+from loraplex_shard.shapes.batch import Segment
 
 # cpu; cuda; or interpreter: the operations for CUDA, on the CPU.
 TESTED = os.environ.get("LORAPLEX_TEST_DEVICE", "cpu")
@@ -87,6 +88,8 @@ def _moved(value: Any, move: Callable[[torch.Tensor], torch.Tensor], moved: dict
         return {key: _moved(each, move, moved) for key, each in value.items()}
     if type(value) in (tuple, list):
         return type(value)(_moved(each, move, moved) for each in value)
+    if isinstance(value, Segment):
+        return value._replace(adapter=_moved(value.adapter, move, moved))
     if is_dataclass(value) and not isinstance(value, type):
         own = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
         return replace(value, **_moved(own, move, moved))

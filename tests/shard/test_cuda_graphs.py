@@ -7,21 +7,26 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import LlamaConfig
 from triton.runtime.interpreter import GridExecutor
 
+from loraplex_protos.generation_pb2 import Sampling
 from loraplex_protos.shard_pb2 import StepResponse
 from loraplex_shard.device.parallel import Group
+from loraplex_shard.ops.base import Outputs
+from loraplex_shard.ops.cuda.forms import BUCKETS, Form
 from loraplex_shard.ops.cuda.graphs import Record, Recordings
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.ops.cuda.runs import Runs
-from loraplex_shard.ops.cuda.step import BUCKETS, CudaStep, Form
+from loraplex_shard.ops.cuda.step import CudaStep, Kind
+from loraplex_shard.ops.cuda.tiles import Cuts, cut_batch
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.shapes.adapter import AdapterWeights
-from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.batch import Inputs, Segment
 from loraplex_shard.shapes.cache import KVCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout, LinearPart
@@ -36,7 +41,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encount
 
 CPU = torch.device("cpu")
 ALLOCATIONS = "aten::empty", "aten::new_empty", "aten::empty_like"
-Compute = Callable[[], torch.Tensor]
+Compute = Callable[[], Outputs]
+# By row. The last one's tokens are sampled after the recorded pass.
+SAMPLINGS = (
+    Sampling(),
+    Sampling(temperature=1, seed=3),
+    Sampling(temperature=2, seed=4, top_k=9),
+    Sampling(),
+    Sampling(temperature=1, seed=5, repetition_penalty=1.5),
+)
 Calls = list[Callable[[], None]]
 
 
@@ -70,7 +83,7 @@ def _poison(memory: torch.Tensor) -> None:
     memory.fill_(torch.nan if memory.is_floating_point() else -1)
 
 
-def listed(compute: Compute) -> tuple[torch.Tensor, Callable[[], None]]:
+def listed(compute: Compute) -> tuple[Outputs, Callable[[], None]]:
     """Records the list."""
     calls: Calls = []
     launch = GridExecutor.__call__
@@ -91,14 +104,15 @@ def listed(compute: Compute) -> tuple[torch.Tensor, Callable[[], None]]:
     return result, replay
 
 
-def computed(compute: Compute) -> tuple[torch.Tensor, Callable[[], None]]:
+def computed(compute: Compute) -> tuple[Outputs, Callable[[], None]]:
     """Records nothing, and computes anew."""
     result = compute()
     return result, lambda: _copy(result, compute())
 
 
-def _copy(result: torch.Tensor, anew: torch.Tensor) -> None:
-    result.copy_(anew)
+def _copy(result: Outputs, anew: Outputs) -> None:
+    for old, new in zip(result.tensors, anew.tensors, strict=True):
+        old.copy_(new)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +131,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class Slots:
     def __init__(self, layouts: tuple[LinearLayout, ...]) -> None:
-        self.adapters = [adapter_for(layouts), adapter_for(layouts[:1] + layouts[2:])]
+        """The last adapter touches the lm head, too: its tokens are sampled after the recorded pass."""
+        head = layouts[-1:]
+        assert head[0].name == "lm_head"
+        touched = layouts[:-1], layouts[:1] + layouts[2:-1], layouts[:1] + head
+        self.adapters = [adapter_for(layouts, touched=some) for some in touched]
 
     def adapter_in(self, slot: int) -> AdapterWeights:
         return self.adapters[slot - 1]
@@ -129,7 +147,7 @@ class Shard:
     def __init__(self, checkpoint: Path, record: Record | None) -> None:
         self.records = 0
 
-        def counting(compute: Compute) -> tuple[torch.Tensor, Callable[[], None]]:
+        def counting(compute: Compute) -> tuple[Outputs, Callable[[], None]]:
             assert record is not None
             self.records += 1
             return record(compute)
@@ -145,7 +163,8 @@ class Shard:
         self.answers: list[StepResponse] = []
 
     def start(self, row: int, length: int, slot: int) -> None:
-        self.planner.start(row, random_tokens(length, row), slot=slot, logprobs=True)
+        sampling = SAMPLINGS[row % len(SAMPLINGS)]
+        self.planner.start(row, random_tokens(length, row), slot=slot, sampling=sampling, logprobs=True)
 
     def run(self, lengths: dict[int, int]) -> None:
         self.answers.append(self.planner.run(self.runner.step, lengths))
@@ -160,8 +179,8 @@ class Shard:
 
 
 def mixed(shard: Shard) -> None:
-    """Chunks of prompts and decodes, of the base and two adapters, which are loaded anew; then fewer sequences, whose
-    tokens lie where others' were."""
+    """Chunks of prompts and decodes, greedy and by chance, of the base and adapters, two of which are loaded anew; then
+    fewer sequences, whose tokens lie where others' were."""
     for row, (length, slot) in enumerate([(5, 0), (2, 1), (13, 2)]):
         shard.start(row, length, slot)
     shard.run({0: 2})
@@ -169,12 +188,15 @@ def mixed(shard: Shard) -> None:
     shard.run({0: 1, 1: 1, 2: 1})
     shard.run({0: 1, 1: 1, 2: 2})
     shard.run({2: 10})
-    shard.slots.adapters.reverse()
+    shard.slots.adapters[:2] = reversed(shard.slots.adapters[:2])
     shard.run({0: 1, 1: 1, 2: 1})
     shard.start(3, 12, 1)
     shard.run({3: 9, 2: 1})
     shard.run({0: 1, 2: 1})
     shard.run({1: 1, 2: 1})
+    shard.start(4, 1, 3)
+    shard.run({2: 1, 4: 1})
+    shard.run({2: 1, 4: 1})
 
 
 def test_recorded_passes_serve_chunks_decodes_and_any_adapters(checkpoint: Path) -> None:
@@ -191,7 +213,7 @@ def test_recorded_passes_serve_chunks_decodes_and_any_adapters(checkpoint: Path)
 def test_where_nothing_can_be_recorded_after_all_steps_are_computed_as_before(
     checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(compute: Compute) -> tuple[torch.Tensor, Callable[[], None]]:
+    def fail(compute: Compute) -> tuple[Outputs, Callable[[], None]]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     plain, failing = Shard(checkpoint, None), Shard(checkpoint, fail)
@@ -209,9 +231,25 @@ HEADS = Heads(query=4, kv=2, dim=8)
 KINDS = ((HEADS, torch.float32),)
 
 
-def step_of(chunks: list[tuple[int, int]]) -> CudaStep:
-    """A step of chunks (positions before, tokens)."""
-    return CudaStep.of(paged_batch(chunks, 0)[0], Runs.of(()), KINDS, CPU, recordable=True)
+def inputs_of(chunks: list[tuple[int, int]], tables: torch.Tensor | None = None) -> Inputs:
+    """Those of a step of chunks (positions before, tokens). All tokens are 0."""
+    batch, _ = paged_batch(chunks, 0)
+    tables = batch.block_tables if tables is None else tables
+    return Inputs(
+        np.repeat(batch.rows, np.diff(batch.starts)) % len(tables),
+        batch.positions.numpy(),
+        batch.cache_indices.numpy(),
+        batch.starts,
+        batch.context_lengths,
+        batch.rows,
+        torch.zeros((len(tables), 2 * BUCKETS[-1]), dtype=torch.int32),
+        tables,
+        segments=(),
+    )
+
+
+def cuts_of(inputs: Inputs) -> dict[Kind, Cuts]:
+    return {kind: cut_batch(inputs, *kind) for kind in KINDS}
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
@@ -225,35 +263,43 @@ def test_in_each_bucket_a_recording_reads_the_steps_own_numbers_and_writes_paddi
         read.append(step)
         return torch.stack([step.batch.positions, step.batch.cache_indices], dim=1)
 
+    def score(hidden: torch.Tensor) -> None:
+        raise AssertionError("nothing is sampled")
+
     smaller = max((each for each in BUCKETS if each < bucket), default=0) + 1
-    tables = paged_batch([(0, 1)], 0)[0].block_tables
+    tables = torch.zeros((2, 3), dtype=torch.int32)  # the same in all steps
     for tokens in (bucket, smaller, bucket):
-        step = step_of([(before, 1) for before in range(tokens)])
-        step = replace(step, batch=replace(step.batch, block_tables=tables))  # all steps have the same
-        expected = torch.stack([step.batch.positions, step.batch.cache_indices], dim=1)
-        assert recordings.run(step, cache, compute).equal(expected)
-        assert step.form and step.form.tokens == bucket == len(read[-1].batch.positions)
+        inputs = inputs_of([(before, 1) for before in range(tokens)], tables)
+        cuts = cuts_of(inputs)
+        form = Form.of(inputs, Runs.of(()), cuts)
+        assert form and form.tokens == bucket
+        given = replace(inputs, new_places=np.array([1]), new_blocks=np.array([tokens]))
+        hidden = recordings.run(form, given, Runs.of(()), cuts, cache, Group(0, 1), compute, score).hidden
+        assert hidden.tolist() == np.stack([inputs.positions, inputs.cache_indices], axis=1).tolist()
+        assert tables[0].tolist() == [0, tokens, 0]
         assert (read[-1].batch.cache_indices[tokens:] == cache.spare_index).all()
-        own, lists = step.tiles[KINDS[0]], read[-1].tiles[KINDS[0]]
+        own, lists = cuts[KINDS[0]], read[-1].tiles[KINDS[0]]
         for name in ("short", "long", "split"):
-            assert getattr(own, name).numbers.equal(getattr(lists, name).numbers)
+            worklist = getattr(lists, name)
+            assert worklist.entries[: int(worklist.count)].tolist() == getattr(own, name).tolist()
     assert len({id(each) for each in read}) == 1
 
 
 @pytest.mark.parametrize(
     ("chunks", "form"),
     [
-        ([(0, 1)] * 3, Form(4, 512, long=False, widest=0, int8=False)),
-        ([(600, 1)] * 300, Form(384, 4096, long=False, widest=0, int8=False)),
-        ([(0, 9), (40, 1)], Form(16, 512, long=True, widest=0, int8=False)),
-        ([(0, 512)], Form(512, 512, long=True, widest=0, int8=False)),
+        ([(0, 1)] * 3, Form(4, 512, long=False, widest=0, int8=False, sampled=False)),
+        ([(600, 1)] * 300, Form(384, 4096, long=False, widest=0, int8=False, sampled=False)),
+        ([(0, 9), (40, 1)], Form(16, 512, long=True, widest=0, int8=False, sampled=False)),
+        ([(0, 512)], Form(512, 512, long=True, widest=0, int8=False, sampled=False)),
         ([(0, 513)], None),
         ([(8200, 1)] * 300, None),
     ],
     ids=["decodes", "split decodes", "a chunk and a decode", "the largest", "too many tokens", "too many parts"],
 )
 def test_a_steps_form_is_the_least_that_it_fits_into(chunks: list[tuple[int, int]], form: Form | None) -> None:
-    assert step_of(chunks).form == form
+    inputs = inputs_of(chunks)
+    assert Form.of(inputs, Runs.of(()), cuts_of(inputs)) == form
 
 
 @pytest.mark.parametrize(("own", "recordable"), [(NOTHING, True), (OwnWeights(norms=(torch.ones(4),)), False)])

@@ -16,11 +16,11 @@ from loraplex_shard.lora.store import AdapterStore
 from loraplex_shard.lora.weights.arena import in_one_piece
 from loraplex_shard.models.decoder import Decoder
 from loraplex_shard.sampling.grammars import GrammarCompiler
-from loraplex_shard.serving.sizing import OneAdapter
+from loraplex_shard.serving.sizing import FixedSlots
 from loraplex_shard.shapes.adapter import AdapterWeights, Expansion, LayerWeights
 from loraplex_shard.stepping.progress import LOGITS_SLICE
 from loraplex_shard.stepping.runner import Runner
-from loraplex_shard.stepping.warmup import zero_adapter
+from loraplex_shard.stepping.warmup import zero_adapters
 from tests.shard.decoders import load
 from tests.shard.elsewhere import DEVICE
 from tests.shard.planner import (
@@ -279,9 +279,9 @@ def test_the_last_position_of_the_context_can_be_computed(runner: Runner, refere
 def test_a_warmed_up_runner_gives_the_same_answers(
     runner: Runner, decoder: Decoder, reference: PreTrainedModel, max_batch_tokens: int, flat: bool
 ) -> None:
-    runner.slots = OneAdapter(zero_adapter(decoder.layouts, torch.float32))
+    runner.slots = FixedSlots(zero_adapters(decoder.layouts, torch.float32))
     assert runner.warmup(max_batch_tokens, flat) > 0
-    runner.decode_sizes((1, 2, 512), max_batch_tokens)
+    runner.record((1, 2, 512), max_batch_tokens)
     planner = Planner()
     planner.start(0, random_tokens(20, 1))
     planner.run(runner.step, {0: 20})

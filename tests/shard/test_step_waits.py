@@ -14,6 +14,7 @@ from loraplex_shard.device.copies import Mark
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.layers.parameters import ParameterForm
 from loraplex_shard.models import load_model
+from loraplex_shard.ops.base import Outputs
 from loraplex_shard.ops.cuda.operations import CudaOperations
 from loraplex_shard.sampling.grammars import GrammarCompiler
 from loraplex_shard.shapes.adapter import AdapterWeights
@@ -21,6 +22,8 @@ from loraplex_shard.stepping.runner import Runner
 from tests.shard.absent_gpu import DEVICE, Counts, counted
 from tests.shard.decoders import adapter_for
 from tests.shard.planner import BLOCK_SIZE, GREEDY, MAX_MODEL_LEN, NUM_BLOCKS, Planner, random_tokens
+
+BY_CHANCE = Sampling(temperature=1, seed=3, top_k=5, top_p=0.9, min_p=0.01)
 
 
 class Slots:
@@ -40,7 +43,8 @@ def make_runner(directory: Path, ops: CudaOperations) -> Runner:
     form = ParameterForm(torch.bfloat16, DEVICE, "none")
     model = load_model(open_checkpoint(str(directory)), Group(0, 1), ops, form, MAX_MODEL_LEN)
     grammars = GrammarCompiler(b"{}", model.vocab_size, end_token_ids=(2,))
-    slots = Slots([adapter_for(model.layouts, torch.bfloat16) for _ in range(2)])
+    but_head = model.layouts[:-1]
+    slots = Slots([adapter_for(model.layouts, torch.bfloat16, touched) for touched in (but_head, model.layouts)])
     cache = model.new_cache(NUM_BLOCKS, BLOCK_SIZE)
     return Runner(model, cache, slots, Group(0, 1), 8, MAX_MODEL_LEN, DEVICE, grammars)  # type: ignore[arg-type]
 
@@ -62,7 +66,7 @@ def decode(runner: Runner, slots: Sequence[int], sampling: Sampling = GREEDY, le
     "sampling",
     [
         GREEDY,
-        Sampling(temperature=1, seed=3, top_k=5, top_p=0.9, min_p=0.01),
+        BY_CHANCE,
         Sampling(repetition_penalty=1.2, frequency_penalty=0.1),
         Sampling(logit_bias={5: 1.0}),
     ],
@@ -93,16 +97,33 @@ def test_logprobs_are_sent_without_waiting(runner: Runner) -> None:
 
 
 def test_a_step_copies_little_to_the_device(runner: Runner) -> None:
-    """Its columns, and its tiles of adapters and attention; with adapters, the tiles of the lm head."""
-    assert decode(runner, [0])["copies"] == decode(runner, [0] * 8)["copies"] == 2
-    assert decode(runner, [0, 1, 2])["copies"] == 3
+    """Its columns, its tiles of adapters and attention, and where samples go; if adapters touch the lm head, the tiles
+    of that."""
+    assert (
+        decode(runner, [0])["copies"] == decode(runner, [0, 1, 1])["copies"] == decode(runner, [0] * 8)["copies"] == 3
+    )
+    assert decode(runner, [0, 1, 2])["copies"] == 4
 
 
-@pytest.mark.parametrize("slots", [[0], [0, 0, 1, 2]], ids=["base", "adapters"])
-def test_a_recorded_pass_is_one_launch(checkpoint: Path, slots: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("slots", "sampling", "copies", "launches"),
+    [
+        ([0], GREEDY, 1, 0),
+        ([0], BY_CHANCE, 1, 0),
+        ([0, 1, 1], GREEDY, 1, 0),
+        # The lm head with the adapter's delta, then the choice, and where its tokens go.
+        ([0, 1, 2], GREEDY, 3, 9),
+        # A penalty, the choice, and where its tokens go.
+        ([0], Sampling(repetition_penalty=1.2), 4, 22),
+    ],
+    ids=["base", "by chance", "adapters", "an adapter of the lm head", "penalty"],
+)
+def test_a_recorded_step_is_one_copy_and_one_launch(
+    checkpoint: Path, slots: list[int], sampling: Sampling, copies: int, launches: int
+) -> None:
     replays = 0
 
-    def record(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+    def record(compute: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
         return compute(), replay
 
     def replay() -> None:
@@ -110,13 +131,12 @@ def test_a_recorded_pass_is_one_launch(checkpoint: Path, slots: list[int]) -> No
         replays += 1
 
     runner = make_runner(checkpoint, CudaOperations(DEVICE, record))
-    decode(runner, slots)  # recorded, for both steps have been seen
-    decode(runner, slots)
-    before, counts = replays, decode(runner, slots)
+    decode(runner, slots, sampling)  # recorded, for both steps have been seen
+    decode(runner, slots, sampling)
+    before, counts = replays, decode(runner, slots, sampling)
     assert replays == before + 2  # the prompt and the token
     assert counts["waits"] == 0
-    # Tokens and blocks are written and read, the memory of the recorded pass is filled, and tokens are chosen.
-    assert counts["launches"] <= 18
+    assert counts["copies"] <= copies and counts["launches"] <= launches
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from loraplex_protos.shard_pb2 import StepRequest
 from loraplex_shard.sampling.stages import NEUTRAL, STAGES
 from loraplex_shard.shapes.cache import KVCache, StateForm
 from loraplex_shard.shapes.heads import Heads
-from loraplex_shard.stepping.warmup import Limits, decodes, each_stage, plans
+from loraplex_shard.stepping.warmup import Limits, each_stage, plans, recorded
 
 CPU = torch.device("cpu")
 
@@ -50,10 +50,12 @@ def test_the_largest_steps_and_one_of_each_kind_are_among_them() -> None:
     assert sorted(with_adapter) == [1, 17]
 
 
-def test_every_size_is_decoded_without_an_adapter_and_with_one_as_far_as_the_limits_allow() -> None:
-    found = list(decodes((1, 2, 8, 16), Limits(tokens=32, sequences=8, context=100), cache(), samples=True))
-    assert [(len(plan.rows), sum(plan.lengths), sum(plan.slots)) for plan in found] == [
-        (size, size, adapters) for size in (8, 2, 1) for adapters in (0, 1)
+def test_every_size_is_recorded_without_an_adapter_and_with_one_as_far_as_the_limits_allow() -> None:
+    found = list(recorded((1, 2, 8, 16, 64), Limits(tokens=32, sequences=8, context=100), cache(), samples=True))
+    assert [(len(plan.rows), sum(plan.lengths), max(plan.slots)) for plan in found] == [
+        *((1, 16, slot) for slot in (0, 2)),
+        *((rows, size, slot) for size in (8, 2) for slot in (0, 2) for rows in (1, size)),
+        *((1, 1, slot) for slot in (0, 2)),
     ]
 
 

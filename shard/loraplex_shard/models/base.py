@@ -5,7 +5,8 @@ from typing import Protocol
 import torch
 
 from loraplex_shard.lora.peft.base import ServedMatrices, ServedWeights, StoredTensors
-from loraplex_shard.shapes.batch import Batch, Segment
+from loraplex_shard.ops.base import Outputs
+from loraplex_shard.shapes.batch import Inputs, Segment
 from loraplex_shard.shapes.cache import KVCache
 from loraplex_shard.shapes.layout import LinearLayout
 
@@ -52,9 +53,8 @@ class Model(Protocol):
     def layouts(self) -> tuple[LinearLayout, ...]:
         """All linear layers of this rank that adapters may touch, the lm head included."""
 
-    def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """Computes the batch's tokens and writes their keys and values to the cache. Returns [tokens, hidden], the
-        input of the lm head."""
+    def __call__(self, inputs: Inputs, cache: KVCache) -> Outputs:
+        """Computes the inputs' tokens and writes their keys and values to the cache."""
 
     def logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """hidden [n, hidden] -> logits [n, vocab_size] float32, and whether all numbers of a row are finite, [n] bool.

@@ -21,11 +21,11 @@ from loraplex_shard.models.build import Build
 from loraplex_shard.models.mlp import MixtureOfExperts, Mlp
 from loraplex_shard.models.partition import DecoderPartition
 from loraplex_shard.models.spec import DecoderSpec, RotarySpec
-from loraplex_shard.ops.base import Operations, Rotary, Step
-from loraplex_shard.shapes.batch import Batch, Segment
+from loraplex_shard.ops.base import Operations, Outputs, Rotary, Step
+from loraplex_shard.shapes.batch import Inputs, Segment
 from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
-from loraplex_shard.shapes.layout import LinearLayout, VocabularyLayout
+from loraplex_shard.shapes.layout import HEAD, LinearLayout, VocabularyLayout
 
 
 class Attention(nn.Module):
@@ -127,7 +127,7 @@ class Decoder(nn.Module):
         super().__init__()
         partition = DecoderPartition(spec, group.rank, group.size)
         self.modeling_code, self.state_bytes, self.uncalled = "loraplex", 0, ()
-        self.embedding_name, self.head_name = spec.names.embedding, "lm_head"  # as PEFT calls these modules
+        self.embedding_name, self.head_name = spec.names.embedding, HEAD  # as PEFT calls these modules
         self.vocab_size = spec.vocab_size
         self.spec, self.group, self.ops, self.partition = spec, group, ops, partition
         self.device, self.dtype = device, dtype
@@ -156,11 +156,12 @@ class Decoder(nn.Module):
         return VocabularyLayout(*names, spec.vocab_size, spec.hidden_size, scale, self.dtype, norms)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """Computes the batch's tokens and writes their keys and values to the cache. Returns [tokens, hidden], after
-        the final norm."""
-        step = self.ops.prepare(batch)
-        return self.ops.forward(step, cache, self.group, lambda step: self._compute(step, cache))
+    def forward(self, inputs: Inputs, cache: KVCache) -> Outputs:
+        """Computes the inputs' tokens and writes their keys and values to the cache. Hidden states are those after the
+        final norm."""
+        return self.ops.forward(
+            inputs, cache, self.group, lambda step: self._compute(step, cache), lambda hidden: self.logits(hidden, ())
+        )
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, segments: tuple[Segment, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:

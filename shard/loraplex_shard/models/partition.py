@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from loraplex_shard.device.parallel import partition_heads, partition_panels, partition_units
 from loraplex_shard.models.spec import DecoderSpec, ExpertsSpec
-from loraplex_shard.shapes.layout import LinearLayout, LinearPart
+from loraplex_shard.shapes.layout import HEAD, LinearLayout, LinearPart
 
 LINEARS = 4  # linear layers of a decoder layer
 OF_ROUTING = 2  # additional linear layers of a decoder layer with experts, without the experts' own
@@ -91,9 +91,9 @@ class DecoderPartition:
         return self._of_experts(index, 1, layouts)
 
     def lm_head(self) -> LinearLayout:
-        head = LinearPart("lm_head", self._spec.vocab_size, (self._vocabulary,))
+        head = LinearPart(HEAD, self._spec.vocab_size, (self._vocabulary,))
         index = self._linears * self._spec.layers
-        return LinearLayout("lm_head", index, (head,), self._spec.hidden_size, self._hidden)
+        return LinearLayout(HEAD, index, (head,), self._spec.hidden_size, self._hidden)
 
     @property
     def _experts(self) -> ExpertsSpec:

@@ -9,7 +9,7 @@ import torch
 
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.ops.quantized import Quantized
-from loraplex_shard.shapes.batch import Batch, Segment
+from loraplex_shard.shapes.batch import Batch, Inputs, Segment
 from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
@@ -77,6 +77,37 @@ Step = Any
 Segments = tuple[Segment, ...]
 
 
+Scored = tuple[torch.Tensor, torch.Tensor]
+"""Logits [n, vocab] float32, and whether they are finite, [n] bool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a forward pass has computed. If the inputs have draws, it may have sampled along with it."""
+
+    hidden: torch.Tensor  # [tokens, n], the input of the lm head
+    # By the draws, and appended to their rows: [tokens] int64, on all ranks. None: nothing was sampled.
+    tokens: torch.Tensor | None = None
+    scored: Scored | None = None  # then: what they were sampled from, on rank 0 alone
+
+    def first(self, count: int) -> "Outputs":
+        """Those of the first tokens."""
+        tokens, scored = self.tokens, self.scored
+        return Outputs(
+            self.hidden[:count],
+            None if tokens is None else tokens[:count],
+            None if scored is None else (scored[0][:count], scored[1][:count]),
+        )
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [each for each in (self.hidden, self.tokens, *(self.scored or ())) if each is not None]
+
+
+Compute = Callable[[Step], torch.Tensor]
+Score = Callable[[torch.Tensor], Scored | None]
+
+
 class Operations(Protocol):
     """All tensors have the same float dtype and device unless a docstring says otherwise. Results are new tensors."""
 
@@ -93,14 +124,14 @@ class Operations(Protocol):
         """Returns the step that the operations below take for this batch."""
         ...
 
-    def forward(
-        self, step: Step, cache: KVCache, group: Group, compute: Callable[[Step], torch.Tensor]
-    ) -> torch.Tensor:
-        """Returns what `compute` returns for the step, [tokens, n]. The next forward with this cache may overwrite it.
+    def forward(self, inputs: Inputs, cache: KVCache, group: Group, compute: Compute, score: Score) -> Outputs:
+        """Computes a step. The next forward with this cache may overwrite what it returns.
 
-        `compute` may only call operations, and must call the same ones for every batch with the same number of tokens,
-        because its calls may be recorded and repeated without it. They may use the group's collectives. The step may be
-        another one, with more tokens, of which only the first are returned.
+        `compute` returns the hidden states [tokens, n] of a step, `score` the logits [n, vocab] float32 after hidden
+        states, by the base's lm head, and whether they are finite [n]; None on ranks other than 0. Both may only call
+        operations, and must call the same ones for every batch with the same number of tokens, because their calls may
+        be recorded and repeated without them. They may use the group's collectives. The step may have more tokens than
+        the inputs, of which only the first are returned.
         """
         ...
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Segments
+from loraplex_shard.ops.base import Activation, Compute, HeadNorms, Norm, Outputs, Rotary, Score, Segments
 from loraplex_shard.ops.experts import ExpertOperations
 from loraplex_shard.ops.own_weights import norm_runs, put_own_embeddings, put_own_norms
 from loraplex_shard.ops.quantized import Quantized, QuantizedMatrix, rounded_to_float8, rounded_to_int8, scaled_to
-from loraplex_shard.shapes.batch import Batch
+from loraplex_shard.shapes.batch import Batch, Inputs
 from loraplex_shard.shapes.cache import SCALED, KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
@@ -69,10 +69,8 @@ class ReferenceOperations(ExpertOperations):
     def prepare(self, batch: Batch) -> ReferenceStep:
         return ReferenceStep(batch)
 
-    def forward(
-        self, step: ReferenceStep, cache: KVCache, group: Group, compute: Callable[[ReferenceStep], torch.Tensor]
-    ) -> torch.Tensor:
-        return compute(step)
+    def forward(self, inputs: Inputs, cache: KVCache, group: Group, compute: Compute, score: Score) -> Outputs:
+        return Outputs(compute(self.prepare(inputs.batch())))
 
     def embedding(
         self, step: ReferenceStep, weight: ReferenceWeight, dtype: torch.dtype, scale: float = 1.0

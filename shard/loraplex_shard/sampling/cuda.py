@@ -5,6 +5,8 @@ is found digit by digit: how many tokens, or how much probability, lie nearer th
 arXiv 2602.01518, and FlashInfer's sampler.)
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import triton
@@ -12,7 +14,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from loraplex_shard.device.copies import to_device
-from loraplex_shard.sampling.draws import STRAND
+from loraplex_shard.sampling.draws import STRAND, DrawNumbers
 
 LANES = 512  # tokens that a program reads at once
 STRANDS = 64  # strands that a program reads at once
@@ -22,11 +24,14 @@ def draw(logits: torch.Tensor, parameters: NDArray[np.void], uniform: NDArray[np
     """sampler.draw_each for these rows of logits [n, vocab] float32, whose temperatures are above 0, without stages
     that look at all that is left: [n] int64. Sums run in another order: a token whose place is within their rounding
     may be left out, or be drawn, where it is not there."""
-    names = "temperature", "top_k", "top_p"
-    columns = [np.ascontiguousarray(parameters[name]) for name in names]
-    least = torch.from_numpy(np.ascontiguousarray(parameters["min_p"])).log().numpy()
-    temperature, top_k, top_p, log_min_p, numbers = to_device([*columns, least, uniform], logits.device)
     drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    draw_into(drawn, logits, to_device((*DrawNumbers(parameters).columns, uniform), logits.device))
+    return drawn
+
+
+def draw_into(drawn: torch.Tensor, logits: torch.Tensor, columns: Sequence[torch.Tensor]) -> None:
+    """The same by columns as Draws has them. Where the temperature is 0, `drawn` [n] stays as it is."""
+    temperature, top_k, top_p, log_min_p, uniform = columns
     vocab = logits.shape[1]
     _draw[(len(logits),)](
         logits,
@@ -34,7 +39,7 @@ def draw(logits: torch.Tensor, parameters: NDArray[np.void], uniform: NDArray[np
         top_k,
         top_p,
         log_min_p,
-        numbers,
+        uniform,
         drawn,
         vocab,
         triton.cdiv(vocab, STRAND),
@@ -43,7 +48,6 @@ def draw(logits: torch.Tensor, parameters: NDArray[np.void], uniform: NDArray[np
         STRANDS=STRANDS,
         num_warps=8,
     )
-    return drawn
 
 
 @triton.jit
@@ -103,6 +107,8 @@ def _draw(
     STRANDS: tl.constexpr,
 ):
     row = tl.program_id(0)
+    if tl.load(temperatures + row) <= 0:
+        return
     logits += row.to(tl.int64) * vocab
     peaks = tl.full([LANES], float("-inf"), tl.float32)
     for first in range(0, vocab, LANES):

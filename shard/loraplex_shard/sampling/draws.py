@@ -1,6 +1,9 @@
 """Tokens of rows of logits: the likeliest, or one by chance. Rows are searched by strands, whose largest logit or sum
 stands for their tokens."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,34 @@ from loraplex_shard.device.copies import to_device
 
 STRAND = 16  # tokens of a strand
 
+Ints = NDArray[np.int64]
+
 _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """By what tokens are drawn that temperature, top_k, top_p and min_p alone decide about, as columns for a kernel."""
+
+    numbers: "DrawNumbers"
+    outputs: Ints  # how many tokens each sequence has generated
+
+    def columns(self) -> tuple[NDArray[Any], ...]:
+        """Temperature, top_k, top_p, the logarithm of min_p, and a number in [0, 1) for each sequence."""
+        numbers = self.numbers
+        uniform = uniforms(numbers.seeds, self.outputs) if numbers.any else np.zeros(len(self.outputs))
+        return *numbers.columns, uniform
+
+
+class DrawNumbers:
+    """The part of it that stays the same from step to step. `parameters`: records of PARAMETERS."""
+
+    def __init__(self, parameters: NDArray[np.void]) -> None:
+        temperature, top_k, top_p, min_p, self.seeds = (
+            np.ascontiguousarray(parameters[name]) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
+        )
+        self.any = bool((temperature > 0).any())  # whether anything is left to chance
+        self.columns = temperature, top_k, top_p, torch.from_numpy(min_p).log().numpy()
 
 
 def likeliest_one(logits: Tensor) -> Tensor:

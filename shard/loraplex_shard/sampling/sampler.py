@@ -54,6 +54,11 @@ def sample(logits: Tensor, parameters: NDArray[np.void], history: History) -> Te
     return drawn if len(index) == len(logits) else likeliest_one(logits).index_copy_(0, to_device(index, logits), drawn)
 
 
+def are_drawn_at_once(parameters: NDArray[np.void]) -> bool:
+    """Whether Draws have all that decides about the tokens of these rows."""
+    return not any(stage.needed(parameters).any() for stage in (*BEFORE_TEMPERATURE, *OTHERS))
+
+
 def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """The log probability [n] of each row's token [n]."""
     return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)

@@ -16,7 +16,7 @@ from loraplex_shard.settings import ModelSettings
 from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.cache import KVCache
 from loraplex_shard.stepping.runner import Runner, Slots
-from loraplex_shard.stepping.warmup import zero_adapter
+from loraplex_shard.stepping.warmup import zero_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,13 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class OneAdapter:
-    """The same adapter in every slot."""
+class FixedSlots:
+    """Adapters that stay in their slots, from 1."""
 
-    adapter: AdapterWeights
+    adapters: tuple[AdapterWeights, ...]
 
     def adapter_in(self, slot: int) -> AdapterWeights:
-        return self.adapter
+        return self.adapters[slot - 1]
 
 
 def fit(
@@ -68,7 +68,7 @@ def fit(
     settings, states = settings.model_copy(update={"max_sequences": most}), most * model.state_bytes
     tokens = machine.batch_tokens(settings, device)
 
-    slots = OneAdapter(Transfer(device).to_device(zero_adapter(model.layouts, adapter_dtype)))
+    slots = FixedSlots(tuple(map(Transfer(device).to_device, zero_adapters(model.layouts, adapter_dtype))))
 
     def warm_up() -> tuple[float, int]:
         cache = model.new_cache(BLOCKS, BLOCK_SIZE, kv_dtype, most)
@@ -88,7 +88,7 @@ def fit(
     divided = memory.divide(settings, cache_bytes, steps, on_device if device.type == "cuda" else on_host, device)
     max_model_len = memory.fit_context(settings, max_model_len, num_blocks)
     runner = new_runner(model.new_cache(num_blocks, BLOCK_SIZE, kv_dtype, most), slots, most, max_model_len)
-    runner.decode_sizes(recorded_sizes, tokens)
+    runner.record(recorded_sizes, tokens)
     return Sizes(
         runner,
         num_blocks,

@@ -6,6 +6,8 @@ from math import gcd
 
 import torch
 
+HEAD = "lm_head"  # the name of its layer in our own decoder
+
 
 @dataclass(frozen=True, slots=True)
 class LinearPart:

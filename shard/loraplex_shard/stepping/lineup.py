@@ -8,6 +8,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from loraplex_shard.sampling.draws import DrawNumbers
+from loraplex_shard.sampling.sampler import are_drawn_at_once
 from loraplex_shard.sampling.stages import PARAMETERS
 
 Ints = NDArray[np.int64]
@@ -123,6 +125,15 @@ class SampledChunks:
     @cached_property
     def constrained(self) -> bool:
         return bool(self.starts["constrained"].any())
+
+    @cached_property
+    def numbers(self) -> DrawNumbers:
+        return DrawNumbers(self.sampling)
+
+    @cached_property
+    def drawn_at_once(self) -> bool:
+        """Whether `numbers` and the logits alone decide about all the tokens."""
+        return not self.constrained and not len(self.biased) and are_drawn_at_once(self.sampling)
 
     @cached_property
     def biased(self) -> Ints:

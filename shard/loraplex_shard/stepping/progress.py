@@ -16,6 +16,7 @@ from loraplex_protos.shard_pb2 import FAILURE_REASON_UNKNOWN_TOKEN
 from loraplex_shard.device.copies import Mark, to_device, to_host
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.models import Model
+from loraplex_shard.ops.base import Outputs, Scored
 from loraplex_shard.sampling import sampler
 from loraplex_shard.sampling.constraints import Constraints, Masks
 from loraplex_shard.shapes.batch import Segment
@@ -24,7 +25,7 @@ from loraplex_shard.stepping.failures import Failures
 from loraplex_shard.stepping.lineup import Ints, SampledChunks
 from loraplex_shard.stepping.pooling import PooledChunk, Pooling
 from loraplex_shard.stepping.results import Sample, StepResults
-from loraplex_shard.stepping.rows import Chunks, Rows, Sampled, spans
+from loraplex_shard.stepping.rows import Chunks, Rows, spans
 from loraplex_shard.stepping.tokens import describe, describe_prompt
 
 # Known tokens whose logprobs are computed at once: bounds the memory for logits.
@@ -46,24 +47,23 @@ class Parts:
 
 
 class StepInProgress:
-    """`hidden` [tokens, hidden] is what the model made of the chunks, `segments` are their runs of tokens by adapter;
-    `masks`, on rank 0, what grammars allow next."""
+    """`outputs` are what the model made of the chunks, `segments` their runs of tokens by adapter; `masks`, on rank 0,
+    what grammars allow next."""
 
     def __init__(
         self,
         parts: Parts,
         chunks: Chunks,
-        sampled: Sampled,
         segments: tuple[Segment, ...],
         masks: Masks | None,
-        hidden: Tensor,
+        outputs: Outputs,
     ) -> None:
         self._model, self._rows, self._group = parts.model, parts.rows, parts.group
         self._constraints, self._pooling, self._classifier = parts.constraints, parts.pooling, parts.classifier
-        self._chunks, self._lineup, self._sampled = chunks, chunks.lineup, sampled
+        self._chunks, self._lineup = chunks, chunks.lineup
         self._segments = segments
         self._masks = masks
-        self._hidden = hidden
+        self._outputs, self._hidden = outputs, outputs.hidden
         failures = Failures()
         failures.add(self._lineup.void, FAILURE_REASON_UNKNOWN_TOKEN)
         self._results = StepResults(len(chunks), failures)
@@ -79,7 +79,7 @@ class StepInProgress:
             self._report_pooled()
         return self._results
 
-    def _logits(self, tokens: Ints, on_device: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _logits(self, tokens: Ints) -> Scored | None:
         """The logits [n, vocab] after these tokens of the batch, which are in ascending order, and whether they are
         finite [n]. Rank 0 only."""
         if len(tokens) == len(self._hidden):
@@ -90,6 +90,7 @@ class StepInProgress:
             for (start, stop), segment in zip(bounds, self._segments, strict=True)
             if start < stop
         )
+        (on_device,) = to_device([tokens], self._hidden.device)
         return self._model.logits(self._hidden[on_device], chosen)
 
     def _report_prompt(self) -> None:
@@ -110,7 +111,7 @@ class StepInProgress:
         places, positions = np.repeat(np.arange(len(self._chunks)), counts), spans(firsts, counts)
         for first in range(0, len(tokens), LOGITS_SLICE):
             part = slice(first, first + LOGITS_SLICE)
-            computed = self._logits(tokens[part], *to_device([tokens[part]], self._hidden.device))
+            computed = self._logits(tokens[part])
             if computed is not None:
                 logits, finite = computed
                 self._results.finite.append((places[part], to_host(finite)))
@@ -126,29 +127,37 @@ class StepInProgress:
 
     def _sample(self, sampled: SampledChunks) -> None:
         """Samples, and adds what was sampled and the fast-forward tokens after it."""
-        places = sampled.places
-        computed = self._logits(sampled.tokens, self._sampled.tokens)
-        if computed is None:
-            tokens = torch.zeros(len(places), dtype=torch.int64, device=self._hidden.device)
-        else:
-            logits, finite = computed
-            bias = self._rows.bias(sampled)
-            allowed = logits if bias is None else bias.apply(logits)
-            allowed = allowed if self._masks is None else self._masks.apply(allowed)
-            tokens = sampler.sample(allowed, sampled.sampling, self._rows.history(sampled, self._chunks.ends[places]))
-        self._group.broadcast_(tokens)
-        self._rows.record(self._sampled, tokens)
+        places, tokens = sampled.places, self._outputs.tokens
+        scored = self._logits(sampled.tokens) if tokens is None else self._outputs.scored
+        if tokens is None or not sampled.drawn_at_once:
+            tokens = self._choose(sampled, scored)
         if self._masks is not None and self._constraints.follows(rows := sampled.rows.tolist()):
             known = to_host(tokens)
             Mark(tokens.device).wait()
             self._constraints.accept(rows, known.tolist())
         fast_forward = self._fast_forward(sampled)
-        if computed is not None:
+        if scored is not None:
+            logits, finite = scored
             self._results.finite.append((places, to_host(finite)))
             if len(sampled.forceable):
                 self._results.broken = places[self._constraints.failed(sampled.rows.tolist())]
             described = describe(places, tokens, logits, sampled.detail)
             self._results.sample = Sample(described, fast_forward, sampled.scored)
+
+    def _choose(self, sampled: SampledChunks, scored: Scored | None) -> Tensor:
+        """Samples from the logits, which rank 0 alone has, and appends the tokens to their rows."""
+        if scored is None:
+            tokens = torch.zeros(len(sampled), dtype=torch.int64, device=self._hidden.device)
+        else:
+            logits, _ = scored
+            bias = self._rows.bias(sampled)
+            logits = logits if bias is None else bias.apply(logits)
+            logits = logits if self._masks is None else self._masks.apply(logits)
+            history = self._rows.history(sampled, self._chunks.ends[sampled.places])
+            tokens = sampler.sample(logits, sampled.sampling, history)
+        self._group.broadcast_(tokens)
+        self._rows.record(self._chunks, tokens)
+        return tokens
 
     def _fast_forward(self, sampled: SampledChunks) -> Ints:
         """Adds to these rows, on all ranks, the fast-forward tokens after those just sampled.

@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 
 from loraplex_protos.shard_pb2 import SequenceStart, StepRequest
 from loraplex_shard.device.copies import to_device
+from loraplex_shard.sampling.draws import Draws
 from loraplex_shard.sampling.sampler import Bias
 from loraplex_shard.sampling.stages import History, read_parameters
-from loraplex_shard.shapes.batch import Batch, Segment
+from loraplex_shard.shapes.batch import NONE, Inputs, Segment
 from loraplex_shard.stepping.lineup import DETAIL, START, Ints, Lineup, SampledChunks
-
-# No chunk's blocks, or no chunks'.
-NONE: Ints = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +28,14 @@ class Chunks:
     lineup: Lineup
     begins: Ints
     ends: Ints
-    new_blocks: Ints  # entries of the flattened block tables that are new with the plan
+    new_places: Ints  # entries of the flattened block tables that are new with the plan
+    new_blocks: Ints  # what is there
     # The tokens [first, stop) of each chunk's sequence that are unscored and follow positions of the chunk: it makes
     # their logprobs known. None: there are none in any.
     scored: tuple[Ints, Ints] | None
 
     def __len__(self) -> int:
         return len(self.lineup)
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """Where a step's samples come from and go to, on the device, [n] int64 each."""
-
-    tokens: torch.Tensor  # of the batch: the sample follows this one
-    rows: torch.Tensor
-    positions: torch.Tensor
 
 
 class Rows:
@@ -66,8 +56,9 @@ class Rows:
         self._max_model_len = max_model_len
         self._device = device
         # Only [row, :known[row]] is ever used, so it starts uninitialised. A token sampled after the model's last
-        # position needs a place too.
-        self._tokens = torch.empty((max_sequences, max_model_len + 1), dtype=torch.int32, device=device)
+        # position needs a place too. The last row is nobody's, here and in the block tables.
+        self._tokens = torch.empty((max_sequences + 1, max_model_len + 1), dtype=torch.int32, device=device)
+        self._tokens[-1, 0] = 0
         self._known: Ints = np.zeros(max_sequences, np.int64)  # tokens, sampled ones included; 0: the row is free
         self._starts = np.zeros(max_sequences, START)
         self._biases: dict[int, tuple[Ints, NDArray[np.float32]]] = {}  # by row: token ids and their biases
@@ -75,7 +66,7 @@ class Rows:
         # asked for logprobs, that follow positions which are to be computed.
         self._unscored: Ints = np.zeros(max_sequences, np.int64)
         self._computed: Ints = np.zeros(max_sequences, np.int64)  # positions whose keys and values are in the cache
-        self._block_tables = np.zeros((max_sequences, -(-max_model_len // block_size)), np.int32)
+        self._block_tables = np.zeros((max_sequences + 1, -(-max_model_len // block_size)), np.int32)
         # Its own memory on a GPU, the same on a CPU.
         (self._tables_on_device,) = to_device([self._block_tables], device)
         self._block_counts: Ints = np.zeros(max_sequences, np.int64)
@@ -135,42 +126,35 @@ class Rows:
             assert lineup.starts["forceable"][early].all(), "sample before the last known token"
             # The router did not know the forced tokens yet.
             lineup = Lineup(rows, lineup.lengths, lineup.slots, lineup.samples & ~early, lineup.starts)
-        new_blocks = self._append_blocks(rows, plan)
+        new_places, new_blocks = self._append_blocks(rows, plan)
         assert (self._block_counts[rows] * self._block_size >= ends).all(), "chunk past its blocks"
         self._computed[rows] = ends
         self._known[rows] = known + lineup.samples
-        return Chunks(lineup, begins, ends, new_blocks, self._score(lineup, begins, ends, known))
+        return Chunks(lineup, begins, ends, new_places, new_blocks, self._score(lineup, begins, ends, known))
 
-    def batch(self, chunks: Chunks, segments: tuple[Segment, ...]) -> tuple[Batch, Sampled]:
-        """The tensors of a step, of which advance() made the chunks. All of them are one copy to the device."""
+    def inputs(self, chunks: Chunks, segments: tuple[Segment, ...]) -> Inputs:
+        """What a model is to compute, of which advance() made the chunks."""
         lineup, sampled = chunks.lineup, chunks.lineup.sampled
         rows = lineup.rows_of_tokens
         positions = chunks.begins if len(rows) == len(chunks) else spans(chunks.begins, lineup.lengths)
         blocks, offsets = np.divmod(positions, self._block_size)
-        columns = (
+        draws = None
+        if len(sampled) == len(rows):
+            draws = Draws(sampled.numbers, chunks.ends - sampled.starts["prompt_length"])
+        return Inputs(
             rows,
             positions,
             self._block_tables[rows, blocks].astype(np.int64) * self._block_size + offsets,
-            sampled.tokens,
-            sampled.rows,
-            chunks.ends[sampled.places],
+            lineup.offsets,
+            chunks.ends,
+            lineup.rows,
+            self._tokens,
+            self._tables_on_device,
+            segments,
+            chunks.new_places,
             chunks.new_blocks,
-            self._block_tables.reshape(-1)[chunks.new_blocks],
+            draws,
         )
-        there, at, indices, *of_sampled, new, new_blocks = to_device(columns, self._device)
-        if len(chunks.new_blocks):
-            self._tables_on_device.view(-1)[new] = new_blocks
-        batch = Batch(
-            token_ids=self._tokens[there, at].long(),
-            positions=at,
-            cache_indices=indices,
-            starts=lineup.offsets,
-            context_lengths=chunks.ends,
-            rows=lineup.rows,
-            block_tables=self._tables_on_device,
-            segments=segments,
-        )
-        return batch, Sampled(*of_sampled)
 
     def tokens_at(self, rows: Ints, positions: Ints) -> torch.Tensor:
         """One token per (row, position): [n] int64 on the device."""
@@ -191,9 +175,11 @@ class Rows:
         columns = np.repeat(places, counts), np.concatenate(ids), np.concatenate(values)
         return Bias(*to_device(columns, self._device))
 
-    def record(self, sampled: Sampled, tokens: torch.Tensor) -> None:
-        """Appends sampled tokens [n] int64, one per row."""
-        self._tokens[sampled.rows, sampled.positions] = tokens.int()
+    def record(self, chunks: Chunks, tokens: torch.Tensor) -> None:
+        """Appends the tokens [n] int64 that were sampled after the chunks."""
+        sampled = chunks.lineup.sampled
+        rows, positions = to_device([sampled.rows, chunks.ends[sampled.places]], self._device)
+        self._tokens[rows, positions] = tokens.int()
 
     def room(self, row: int) -> int:
         """How many more tokens the row has room for."""
@@ -225,12 +211,12 @@ class Rows:
         self._last = columns, lineup
         return lineup
 
-    def _append_blocks(self, rows: Ints, plan: StepRequest) -> Ints:
-        """Returns the places of the new blocks in the flattened tables."""
+    def _append_blocks(self, rows: Ints, plan: StepRequest) -> tuple[Ints, Ints]:
+        """Returns the places of the new blocks in the flattened tables, and the blocks."""
         assert len(plan.block_counts) == len(rows), "columns differ"
         if not plan.blocks:
             assert not any(plan.block_counts), "blocks are missing"
-            return NONE
+            return NONE, NONE
         counts = np.fromiter(plan.block_counts, np.int64, len(rows))
         blocks = np.fromiter(plan.blocks, np.int64, len(plan.blocks))
         assert counts.sum() == len(blocks) and (blocks < self._num_blocks).all(), "blocks out of range"
@@ -239,7 +225,7 @@ class Rows:
         places: Ints = np.repeat(rows, counts) * self._block_tables.shape[1] + spans(begins, counts)
         self._block_tables.reshape(-1)[places] = blocks
         self._block_counts[rows] += counts
-        return places
+        return places, blocks
 
     def _score(self, lineup: Lineup, begins: Ints, ends: Ints, known: Ints) -> tuple[Ints, Ints] | None:
         """Marks unscored tokens that follow positions of the chunks as scored. Returns which they are."""

@@ -24,7 +24,7 @@ from loraplex_shard.stepping.pooling import Pooling
 from loraplex_shard.stepping.progress import Parts, StepInProgress
 from loraplex_shard.stepping.results import PendingStep
 from loraplex_shard.stepping.rows import Rows
-from loraplex_shard.stepping.warmup import Limits, decodes, plans
+from loraplex_shard.stepping.warmup import Limits, plans, recorded
 
 
 class Slots(Protocol):
@@ -91,9 +91,8 @@ class Runner:
             if sampled.constrained and self._parts.group.rank == 0:
                 lengths = chunks.ends[sampled.places].tolist()
                 masks = self._parts.constraints.begin(sampled.rows.tolist(), lengths)
-            batch, on_device = self._parts.rows.batch(chunks, segments)
-            hidden = self._parts.model(batch, self._cache)
-            results = StepInProgress(self._parts, chunks, on_device, segments, masks, hidden).finish()
+            outputs = self._parts.model(self._parts.rows.inputs(chunks, segments), self._cache)
+            results = StepInProgress(self._parts, chunks, segments, masks, outputs).finish()
         return PendingStep(plan.step, self._device, results if self._parts.group.rank == 0 else None)
 
     def warmup(self, max_batch_tokens: int, flat: bool) -> float:
@@ -107,10 +106,10 @@ class Runner:
         self.clear()
         return longest
 
-    def decode_sizes(self, sizes: Sequence[int], max_batch_tokens: int) -> None:
-        """Runs decodes of these numbers of sequences, so that their passes are recorded; then clears."""
+    def record(self, sizes: Sequence[int], max_batch_tokens: int) -> None:
+        """Runs steps of these numbers of tokens, so that they are recorded; then clears."""
         limits = Limits(max_batch_tokens, self._max_sequences, self._max_model_len)
-        for plan in decodes(sizes, limits, self._cache, self._parts.model.generates):
+        for plan in recorded(sizes, limits, self._cache, self._parts.model.generates):
             self.step(plan)
         self.clear()
 

@@ -12,13 +12,14 @@ from loraplex_shard.lora.weights.deltas import Delta, partition_adapter
 from loraplex_shard.sampling.stages import STAGES
 from loraplex_shard.shapes.adapter import AdapterWeights
 from loraplex_shard.shapes.cache import KVCache
-from loraplex_shard.shapes.layout import LinearLayout
+from loraplex_shard.shapes.layout import HEAD, LinearLayout
 
 # Kernels differ for one token, for up to 16, and for more; so do those for an adapter's tokens.
 FEW, MORE = 16, 17
 LONG = 600  # positions: more than attention reads in one piece
 LONGEST = 8_300  # more than the windows of most models
 LORA_RANK = 16
+OF_LAYERS = 2  # the slot of an adapter that leaves the lm head alone
 EXPERTS = 2  # whose layers the adapter touches: those of one expert
 # All tokens are equally likely then, nearly, and the whole vocabulary is looked at.
 FLAT = Sampling(temperature=1e6, top_p=0.999, seed=1)
@@ -49,7 +50,7 @@ class Chunk:
 def plans(limits: Limits, cache: KVCache, samples: bool, flat: bool) -> Iterator[StepRequest]:
     """`cache` may have few blocks: sequences share them, since nobody reads what they compute. `samples`: whether the
     model has an lm head. `flat`: whether all rows of the largest decode look at the whole vocabulary, which takes the
-    most memory, and on a CPU seconds. Adapters are asked for in slot 1 alone."""
+    most memory, and on a CPU seconds. Adapters are asked for in slot 1."""
     whole, rest = divmod(limits.tokens, limits.context)
     prompts = [Chunk(limits.context)] * whole + [Chunk(rest)] * (rest > 0)
     rows = min(limits.tokens, limits.sequences)
@@ -68,13 +69,15 @@ def plans(limits: Limits, cache: KVCache, samples: bool, flat: bool) -> Iterator
             yield _plan(chunks, cache, samples)
 
 
-def decodes(sizes: Sequence[int], limits: Limits, cache: KVCache, samples: bool) -> Iterator[StepRequest]:
-    """Decodes of these numbers of sequences, as far as the limits allow: without an adapter, and with one in slot 1.
-    The largest come first, since passes that are recorded share memory."""
+def recorded(sizes: Sequence[int], limits: Limits, cache: KVCache, samples: bool) -> Iterator[StepRequest]:
+    """Chunks and decodes of these numbers of tokens, as far as the limits allow: without an adapter, and with one in
+    slot 2. The largest come first, since steps that are recorded share memory."""
     for size in sorted(sizes, reverse=True):
-        if size <= min(limits.tokens, limits.sequences):
-            for last in Chunk(), Chunk(slot=1):
-                yield _plan([*[Chunk()] * (size - 1), last], cache, samples)
+        for slot in (0, OF_LAYERS):
+            if 1 < size <= min(limits.tokens, limits.context):
+                yield _plan([Chunk(tokens=size, slot=slot)], cache, samples)
+            if size <= min(limits.tokens, limits.sequences):
+                yield _plan([*[Chunk()] * (size - 1), Chunk(slot=slot)], cache, samples)
 
 
 def each_stage() -> Iterator[Sampling]:
@@ -83,16 +86,24 @@ def each_stage() -> Iterator[Sampling]:
         yield Sampling(temperature=1, seed=seed, **values)  # type: ignore[arg-type]
 
 
-def zero_adapter(layouts: Sequence[LinearLayout], dtype: torch.dtype) -> AdapterWeights:
-    """An adapter that changes nothing, on all layers that adapters may touch, of experts on those of one."""
+def zero_adapters(layouts: Sequence[LinearLayout], dtype: torch.dtype) -> tuple[AdapterWeights, AdapterWeights]:
+    """Adapters that change nothing, for slots 1 and 2: on all layers that adapters may touch, of experts on those of
+    one; and on all but the lm head, as most are."""
     of_experts = [layout for layout in layouts if layout.of_expert]
     touched = [layout for layout in layouts if not layout.of_expert] + of_experts[:EXPERTS]
-    deltas = {
+    all_of_it, of_layers = (
+        partition_adapter(_zeros(some), layouts, dtype).weights
+        for some in (touched, [layout for layout in touched if layout.name != HEAD])
+    )
+    return all_of_it, of_layers
+
+
+def _zeros(layouts: Sequence[LinearLayout]) -> dict[str, Delta]:
+    return {
         part.module: Delta(torch.zeros(LORA_RANK, layout.in_features), torch.zeros(part.out_features, LORA_RANK), 1.0)
-        for layout in touched
+        for layout in layouts
         for part in layout.parts
     }
-    return partition_adapter(deltas, layouts, dtype).weights
 
 
 def _plan(chunks: Sequence[Chunk], cache: KVCache, samples: bool) -> StepRequest:

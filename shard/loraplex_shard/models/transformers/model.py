@@ -20,8 +20,8 @@ from loraplex_shard.models.transformers.recurrent import RecurrentLayers
 from loraplex_shard.models.transformers.served import LinearMatrices, ServedWeights
 from loraplex_shard.models.transformers.tensors import ModelTensors
 from loraplex_shard.models.transformers.traits import ModelTraits
-from loraplex_shard.ops.base import Operations, Segments, Step
-from loraplex_shard.shapes.batch import Batch, Segment
+from loraplex_shard.ops.base import Operations, Outputs, Segments, Step
+from loraplex_shard.shapes.batch import Batch, Inputs, Segment
 from loraplex_shard.shapes.cache import KVCache
 from loraplex_shard.shapes.layout import LinearLayout
 
@@ -88,8 +88,9 @@ class TransformersModel:
         return ServedWeights(self.matrices, embedding.layer, self.tensors, form, self._traits.head, tied)
 
     @torch.inference_mode()
-    def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        return self._hidden(batch, batch.positions, cache)
+    def __call__(self, inputs: Inputs, cache: KVCache) -> Outputs:
+        batch = inputs.batch()
+        return Outputs(self._hidden(batch, batch.positions, cache))
 
     @torch.inference_mode()
     def check_positions(self) -> None:

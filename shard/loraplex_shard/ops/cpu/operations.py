@@ -4,7 +4,7 @@ Tensors are float32 or bfloat16 and contiguous. Kernels run on as many threads a
 They keep the memory of intermediate values from call to call, so that a step allocates only its results.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import get_args
 from weakref import WeakKeyDictionary
 
@@ -12,14 +12,14 @@ import torch
 
 from loraplex_shard.device.parallel import Group
 from loraplex_shard.kernels.library import KINDS, Kernels
-from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Segments
+from loraplex_shard.ops.base import Activation, Compute, HeadNorms, Norm, Outputs, Rotary, Score, Segments
 from loraplex_shard.ops.cpu.experts import CpuExpertOperations
 from loraplex_shard.ops.cpu.kernel_calls import address_of
 from loraplex_shard.ops.cpu.program import Program
 from loraplex_shard.ops.cpu.step import SEGMENTS, CpuSegments, CpuStep
 from loraplex_shard.ops.cpu.weights import CpuWeight, IntegerWeight, pack
 from loraplex_shard.ops.quantized import Quantized
-from loraplex_shard.shapes.batch import Batch
+from loraplex_shard.shapes.batch import Batch, Inputs
 from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
@@ -43,17 +43,15 @@ class CpuOperations(CpuExpertOperations):
     def prepare(self, batch: Batch) -> CpuStep:
         return CpuStep(batch)
 
-    def forward(
-        self, step: CpuStep, cache: KVCache, group: Group, compute: Callable[[CpuStep], torch.Tensor]
-    ) -> torch.Tensor:
-        tokens = len(step.batch.token_ids)
+    def forward(self, inputs: Inputs, cache: KVCache, group: Group, compute: Compute, score: Score) -> Outputs:
+        step, tokens = self.prepare(inputs.batch()), len(inputs)
         if tokens > LARGEST_PROGRAM or (group.size > 1 and group.shared is None):
-            return compute(step)
+            return Outputs(compute(step))
         programs = self._programs.setdefault(cache, {})
         key = tokens, step.segments.int8
         if key not in programs:
             programs[key] = self._record(lambda: compute(step))
-        return programs[key].run(step.numbers)
+        return Outputs(programs[key].run(step.numbers))
 
     def embedding(self, step: CpuStep, weight: CpuWeight, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
         tokens = len(step.batch.token_ids)

@@ -11,23 +11,24 @@ import torch
 import torch.nn.functional as F
 
 from loraplex_shard.device.parallel import Group
-from loraplex_shard.ops.base import Activation, HeadNorms, Norm, Rotary, Routing, Segments
+from loraplex_shard.ops.base import Activation, Compute, HeadNorms, Norm, Outputs, Rotary, Routing, Score, Segments
 from loraplex_shard.ops.cuda import elementwise, int4, quantized
 from loraplex_shard.ops.cuda.attention import attention
 from loraplex_shard.ops.cuda.experts import FloatExperts
 from loraplex_shard.ops.cuda.float8 import Float8Weight, linear_float8
+from loraplex_shard.ops.cuda.forms import BUCKETS, Form
 from loraplex_shard.ops.cuda.graphs import Record, Recordings
 from loraplex_shard.ops.cuda.int4 import Int4Weight, linear_int4
 from loraplex_shard.ops.cuda.lora import LoraTiles, add_lora_delta
 from loraplex_shard.ops.cuda.quantized import IntegerWeight
 from loraplex_shard.ops.cuda.rotary import rotate_and_write
 from loraplex_shard.ops.cuda.runs import Runs
-from loraplex_shard.ops.cuda.step import BUCKETS, CudaStep, Kind
-from loraplex_shard.ops.cuda.tiles import make_tiles
+from loraplex_shard.ops.cuda.step import CudaStep, Kind
+from loraplex_shard.ops.cuda.tiles import cut_batch, make_tiles
 from loraplex_shard.ops.experts import ExpertOperations
 from loraplex_shard.ops.own_weights import norm_runs, part_of, put_own_embeddings, put_own_norms
 from loraplex_shard.ops.quantized import Quantized, QuantizedMatrix
-from loraplex_shard.shapes.batch import Batch
+from loraplex_shard.shapes.batch import Batch, Inputs
 from loraplex_shard.shapes.cache import KVCache, LayerCache
 from loraplex_shard.shapes.heads import Heads
 from loraplex_shard.shapes.layout import LinearLayout
@@ -91,17 +92,19 @@ class CudaOperations(ExpertOperations):
                 return Float8Weight(matrix.values.to(self._device), matrix.scales.to(self._device))
 
     def prepare(self, batch: Batch) -> CudaStep:
-        self._runs = self._runs.after(batch.segments)
-        return CudaStep.of(batch, self._runs, self._kinds, self._device, self.is_recordable(self._runs))
+        return CudaStep.of(batch, Runs.of(batch.segments), {}, self._device)
 
-    def forward(
-        self, step: CudaStep, cache: KVCache, group: Group, compute: Callable[[CudaStep], torch.Tensor]
-    ) -> torch.Tensor:
-        if step.form is not None and group.recordable_on_gpu:
-            return self._recordings.run(step, cache, compute)
+    def forward(self, inputs: Inputs, cache: KVCache, group: Group, compute: Compute, score: Score) -> Outputs:
+        runs = self._runs = self._runs.after(inputs.segments)
+        cuts = {kind: cut_batch(inputs, *kind) for kind in self._kinds}
+        if cuts and group.recordable_on_gpu and self.is_recordable(runs):
+            form = Form.of(inputs, runs, cuts)
+            if form is not None:
+                return self._recordings.run(form, inputs, runs, cuts, cache, group, compute, score)
+        step = CudaStep.of(inputs.batch(), runs, cuts, self._device)
         hidden = compute(step)
         self._kinds = tuple(step.tiles)
-        return hidden
+        return Outputs(hidden)
 
     def is_recordable(self, runs: Runs) -> bool:
         """Whether all that a batch with these adapters needs can be recorded. What runs for one adapter after the

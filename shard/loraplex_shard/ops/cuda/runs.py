@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from loraplex_shard.ops.cuda.lora import tile, widest
 from loraplex_shard.shapes.batch import Segment
+from loraplex_shard.shapes.layout import HEAD
 
 Key = list[tuple[int, int, int]]  # of each run (start, stop, the adapter's serial)
 
@@ -20,6 +21,7 @@ class Runs:
     widest: int
     int8: bool
     one_by_one: bool  # whether embeddings or norms are those of one adapter after the other
+    own_heads: bool  # whether adapters have something to say about the lm head
 
     @classmethod
     def of(cls, segments: Sequence[Segment]) -> "Runs":
@@ -30,6 +32,7 @@ class Runs:
             widest(segments),
             any(adapter.int8 for adapter in adapters),
             any(adapter.own.norms or adapter.own.embedding for adapter in adapters),
+            any(adapter.own.head or HEAD in adapter.layers for adapter in adapters),
         )
 
     def after(self, segments: Sequence[Segment]) -> "Runs":

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from loraplex_shard.ops.cuda.worklists import Worklist, numbered
-from loraplex_shard.shapes.batch import Batch
+from loraplex_shard.shapes.batch import Batch, Inputs
 from loraplex_shard.shapes.heads import Heads
 
 SHORT, LONG = 16, 64  # rows per tile; a row is one query head of a token. Tensor cores need at least 16
@@ -62,7 +62,7 @@ def make_tiles(batch: Batch, heads: Heads, dtype: torch.dtype, device: torch.dev
     return Tiles(short, long, cuts.rows, split, cuts.partials)
 
 
-def cut_batch(batch: Batch, heads: Heads, dtype: torch.dtype) -> Cuts:
+def cut_batch(batch: Batch | Inputs, heads: Heads, dtype: torch.dtype) -> Cuts:
     """The entries of these tiles."""
     return cut(batch.rows, batch.starts, batch.context_lengths, heads, rows_of_long_tiles(heads, dtype))
 

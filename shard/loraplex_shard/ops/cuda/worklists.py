@@ -17,9 +17,8 @@ class Worklist:
     """The first `count` entries are work. A grid covers all entries, and programs beyond the count do nothing, so that
     a recorded launch serves any list that fits into the same memory."""
 
-    numbers: torch.Tensor  # all of it, int32 or int64
-    entries: torch.Tensor  # [room, numbers of an entry]
-    count: torch.Tensor  # [1]
+    entries: torch.Tensor  # [room, numbers of an entry] int32 or int64
+    count: torch.Tensor  # [1] int32
 
     @property
     def room(self) -> int:
@@ -28,25 +27,13 @@ class Worklist:
     @classmethod
     def of(cls, entries: NDArray[Any], device: torch.device) -> "Worklist":
         """A list that has room for these entries [n, numbers] and no more. It is copied at once."""
-        return worklists([(entries, len(entries))], device)[0]
-
-    def copy(self) -> "Worklist":
-        return _in(self.numbers.clone(), self.entries.shape[1])
+        return worklists([entries], device)[0]
 
 
-def worklists(lists: Sequence[tuple[NDArray[Any], int]], device: torch.device) -> list[Worklist]:
-    """Lists of entries [n, numbers], each with its room, in one copy."""
-    memories = []
-    for entries, room in lists:
-        numbers = np.zeros(room * entries.shape[1] + 1, entries.dtype)
-        numbers[: entries.size], numbers[-1] = entries.reshape(-1), len(entries)
-        memories.append(numbers)
-    copied = to_device(memories, device)
-    return [_in(numbers, entries.shape[1]) for numbers, (entries, _) in zip(copied, lists, strict=True)]
-
-
-def _in(numbers: torch.Tensor, width: int) -> Worklist:
-    return Worklist(numbers, numbers[:-1].view(-1, width), numbers[-1:])
+def worklists(lists: Sequence[NDArray[Any]], device: torch.device) -> list[Worklist]:
+    """Lists of these entries [n, numbers], in one copy."""
+    counts, *copied = to_device([np.array([len(entries) for entries in lists], np.int32), *lists], device)
+    return [Worklist(entries, counts[number : number + 1]) for number, entries in enumerate(copied)]
 
 
 def numbered(counts: NDArray[Any]) -> NDArray[Any]:
