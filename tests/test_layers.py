@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_shard.sampling.sampler": {f"loraplex_shard.sampling.{name}" for name in ("cuda", "draws", "stages")},
     "loraplex_shard.shapes.layout": set(),
     "loraplex_shard.shapes.adapter": {
+        "loraplex_shard.device.memory",
         "loraplex_shard.kernels.tables",
         "loraplex_shard.shapes.classifier",
         "loraplex_shard.shapes.own_weights",

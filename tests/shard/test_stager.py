@@ -23,9 +23,11 @@ from loraplex_protos.errors import (
     OverloadedError,
     UnavailableError,
 )
+from loraplex_shard.device.priority import NICE, gently
 from loraplex_shard.lora.sources.local import LocalSource
-from loraplex_shard.lora.stager import NICE, Stager
+from loraplex_shard.lora.stager import Stager
 from loraplex_shard.lora.store import AdapterStore
+from loraplex_shard.shapes.adapter import AdapterWeights
 from tests.shard.lora_models import BASE, contents, edit_tensors, layouts, save_adapter, whole_deltas
 
 T = TypeVar("T")
@@ -83,6 +85,17 @@ def test_each_call_is_a_process_of_low_priority_that_is_killed_first_when_memory
     first, second = call(stager, shared.process), call(stager, shared.process)
     assert first[0] == second[0] and first[1] != second[1]
     assert first[2:] == (min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE), 1000)
+
+
+def test_work_that_gives_way_has_low_priority_and_raises_here() -> None:
+    def fail() -> None:
+        assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == min(19, before + NICE)
+        raise OSError("it failed")
+
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with pytest.raises(OSError, match="it failed"):
+        gently(fail)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
 def test_errors_arrive_as_they_were_raised(stager: Stager) -> None:
@@ -149,6 +162,9 @@ def test_adapters_that_are_read_apart_are_the_same(tmp_path: Path) -> None:
                 expected, actual = here.adapter_in(slot), apart.adapter_in(slot)
                 torch.testing.assert_close(actual.memory, expected.memory, rtol=0, atol=0)
                 torch.testing.assert_close(whole_deltas([actual]), whole_deltas([expected]), rtol=0, atol=0)
+                for adapter in actual, actual.at(actual.memory.clone()):
+                    made = AdapterWeights(adapter.layers, adapter.layer_count, adapter.memory).table
+                    torch.testing.assert_close(adapter.table, made, rtol=0, atol=0)
                 assert (actual.widest, actual.int8, actual.size_bytes) == (
                     expected.widest,
                     expected.int8,

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 
 from loraplex_shard.device.memory import HUGE_PAGE, reserve
+from loraplex_shard.device.priority import gently
 
 MAP_FIXED, MADV_HUGEPAGE, MADV_POPULATE_READ = 0x10, 14, 22
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -48,7 +49,7 @@ class HandedMemory:
 
     def map(self, populate: bool = False) -> torch.Tensor:
         """The memory, uint8, where a huge page may start; mapped until the tensor is gone. `populate`: its pages are
-        looked up now, in one call without the interpreter's lock, and not when they are read."""
+        looked up now, without the interpreter's lock and with low priority, and not when they are read."""
         memory = reserve(self.size)  # addresses: what is mapped there instead leaves with them
         if not self.size:
             return memory
@@ -58,5 +59,6 @@ class HandedMemory:
         # Both are for speed: a kernel may not know them.
         _LIBC.madvise(memory.data_ptr(), self.size // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE)  # no more than what is used
         if populate:
-            _LIBC.madvise(memory.data_ptr(), -(-self.size // mmap.PAGESIZE) * mmap.PAGESIZE, MADV_POPULATE_READ)
+            pages = -(-self.size // mmap.PAGESIZE) * mmap.PAGESIZE
+            gently(lambda: _LIBC.madvise(memory.data_ptr(), pages, MADV_POPULATE_READ))
         return memory

@@ -22,7 +22,9 @@ import torch
 from loraplex_protos.errors import LoraplexError
 from loraplex_shard.device.handed_memory import HandedMemory
 from loraplex_shard.device.memory import view_at
-from loraplex_shard.shapes.adapter import AdapterWeights
+from loraplex_shard.shapes.adapter import AdapterWeights, LayerWeights, moved
+from loraplex_shard.shapes.classifier import Classifier
+from loraplex_shard.shapes.own_weights import OwnWeights
 
 _HEADER = struct.Struct("<QQ")  # bytes of the pickled object, and buffers
 _SIZE = struct.Struct("<Q")
@@ -109,9 +111,11 @@ class _Pickler(pickle.Pickler):
                 return view_at, (self._memory, start, value.dtype, tuple(value.shape))
             case AdapterWeights():
                 self._memory = value.memory
+                made = value.table.numpy().tobytes(), tuple(value.table.shape), value.memory.data_ptr()
+                return _adapter, (value.layers, value.layer_count, value.memory, value.classifier, value.own, *made)
             case LoraplexError():
                 return _error, (type(value), value.args, value.__dict__)
-        if is_dataclass(value) and not isinstance(value, type) and not all(field.init for field in fields(value)):
+        if is_dataclass(value) and not isinstance(value, type):
             # What is computed from the other fields, such as tables of addresses, is computed again.
             return type(value), tuple(getattr(value, field.name) for field in fields(value) if field.init)
         return NotImplemented
@@ -131,6 +135,21 @@ class _Unpickler(pickle.Unpickler):
 
 def _whole(buffer: memoryview) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8) if len(buffer) else torch.empty(0, dtype=torch.uint8)
+
+
+def _adapter(
+    layers: Mapping[str, LayerWeights],
+    layer_count: int,
+    memory: torch.Tensor,
+    classifier: Classifier | None,
+    own: OwnWeights,
+    table: bytes,
+    shape: tuple[int, int],
+    start: int,
+) -> AdapterWeights:
+    """An adapter whose memory began at `start` in the process that made its table."""
+    made = torch.from_numpy(np.frombuffer(table, np.int64).reshape(shape).copy())
+    return AdapterWeights(layers, layer_count, memory, classifier, own, moved(made, memory.data_ptr() - start))
 
 
 def _error(kind: type[LoraplexError], args: tuple[object, ...], attributes: dict[str, object]) -> LoraplexError:

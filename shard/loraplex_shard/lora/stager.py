@@ -26,9 +26,9 @@ from typing import Any, NoReturn, Protocol, TypeVar, TypeVarTuple
 import torch
 
 from loraplex_protos.errors import LoraplexError, OverloadedError, UnavailableError
+from loraplex_shard.device.priority import NICE
 from loraplex_shard.lora.passing import receive, send
 
-NICE = 10  # where cores are busy, a process gets about a tenth of what a step's thread gets
 FIRST_TO_GO = b"1000"  # the process that the kernel ends when memory runs out
 ONE_PROCESS = b"."
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened before any fork: a child may inherit held locks

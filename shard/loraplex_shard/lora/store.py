@@ -21,6 +21,7 @@ from loraplex_protos.errors import (
     OverloadedError,
     quote,
 )
+from loraplex_shard.device.priority import gently
 from loraplex_shard.lora.fetches import Fetches
 from loraplex_shard.lora.merge import Recipe
 from loraplex_shard.lora.once import Once
@@ -210,6 +211,9 @@ class AdapterStore:
             self._digests = {origin: known for origin, known in self._digests.items() if known != digest}
         if found is not None:
             self._metrics.evicted("host")
+            held = [found]
+            del found
+            gently(held.clear)  # its pages go back, if nothing else uses them
 
     def clear(self) -> None:
         """Forgets all adapters and empties all slots. No plan in flight may use them."""

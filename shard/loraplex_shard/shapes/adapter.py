@@ -1,12 +1,13 @@
 """An adapter's weights as the layers use them: cut for this rank, stacked by layer, with the scale folded into B."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from itertools import count
 
 import torch
 
-from loraplex_shard.kernels.tables import row, width
+from loraplex_shard.device.memory import view_at
+from loraplex_shard.kernels.tables import places, row, width
 from loraplex_shard.shapes.classifier import Classifier
 from loraplex_shard.shapes.own_weights import NOTHING, OwnWeights, tensors_of
 
@@ -60,29 +61,32 @@ class AdapterWeights:
     memory: torch.Tensor  # [bytes] uint8: all tensors are views of it
     classifier: Classifier | None = None  # replaces the model's
     own: OwnWeights = NOTHING  # outside the linear layers
+    known_table: InitVar[torch.Tensor | None] = None  # if the table need not be made
     table: torch.Tensor = field(init=False)  # [layer_count, numbers of a LoraLayer] int64: read by kernels
     widest: int = field(init=False)  # the largest sum of lora_ranks in one layer
     int8: bool = field(init=False)  # whether A and B are int8
     size_bytes: int = field(init=False)  # of its memory and its table
     serial: int = field(init=False, default_factory=count().__next__)  # no other has it, also after this one is gone
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, known_table: torch.Tensor | None) -> None:
         layers = self.layers.values()
-        object.__setattr__(self, "table", _table(self.layers, self.layer_count).to(self.memory.device))
+        table = _table(self.layers, self.layer_count) if known_table is None else known_table
+        object.__setattr__(self, "table", table.to(self.memory.device))
         object.__setattr__(self, "int8", any(layer.scales is not None for layer in layers))
         object.__setattr__(self, "widest", max((len(layer.shrink) for layer in layers), default=0))
         object.__setattr__(self, "size_bytes", self.memory.nbytes + self.table.nbytes)
 
     def at(self, memory: torch.Tensor) -> "AdapterWeights":
         """Returns the same adapter in a copy of its memory, which may be on another device."""
+        start = self.memory.data_ptr()
 
         def view(tensor: torch.Tensor) -> torch.Tensor:
-            start = tensor.data_ptr() - self.memory.data_ptr()
-            return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            return view_at(memory, tensor.data_ptr() - start if tensor.nbytes else 0, tensor.dtype, tensor.shape)
 
         layers = {name: layer.map(view) for name, layer in self.layers.items()}
         classifier = None if self.classifier is None else self.classifier.map(view)
-        return AdapterWeights(layers, self.layer_count, memory, classifier, self.own.map(view))
+        table = moved(self.table, memory.data_ptr() - start)
+        return AdapterWeights(layers, self.layer_count, memory, classifier, self.own.map(view), table)
 
 
 def _table(layers: Mapping[str, LayerWeights], layer_count: int) -> torch.Tensor:
@@ -100,6 +104,16 @@ def _table(layers: Mapping[str, LayerWeights], layer_count: int) -> torch.Tensor
             part=parts,
         )
         table[layer.index] = torch.tensor(numbers)
+    return table
+
+
+def moved(table: torch.Tensor, distance: int) -> torch.Tensor:
+    """A table whose adapter's memory is elsewhere, by so many bytes."""
+    layer, part = places("LoraLayer"), places("LoraPart")
+    parts = range(layer["part"], width("LoraLayer"), width("LoraPart"))
+    columns = [layer["shrink"], layer["scales"], *(at + part[name] for at in parts for name in ("expand", "affine"))]
+    table = table.clone()
+    table[:, columns] += (table[:, columns] != 0) * distance
     return table
 
 
