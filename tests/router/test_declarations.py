@@ -1,6 +1,7 @@
 """The registry file changed through the API: compare-and-swap, durable, and the same for every router that reads it."""
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -47,9 +48,19 @@ def adapters(cluster: Cluster) -> Adapters:
     return cluster.service.adapters
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_is_written_is_read_back(as_json: bool, tmp_path: Path) -> None:
     content = read_registry(write(tmp_path, FILE))
-    assert read_registry(write(tmp_path, write_registry(content))) == content
+    assert read_registry(write(tmp_path, write_registry(content, as_json))) == content
+
+
+async def test_a_file_of_json_stays_one(tmp_path: Path) -> None:
+    path = tmp_path / "registry.json"
+    path.write_text('{"adapters": {"sql": {"1": {"id": "a", "source": "local"}}}}')
+    cluster = Cluster(registry_file=path)
+    await cluster.service.adapters.set_alias("ünstable", {"sql": 100}, None)
+    assert json.loads(path.read_text())["aliases"] == {"ünstable": {"sql": 100}}
+    await cluster.close()
 
 
 async def test_a_registered_adapter_is_the_newest_version_with_its_content_written_down(

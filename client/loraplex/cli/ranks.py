@@ -108,7 +108,7 @@ def shard_flags(settings: ShardSettings) -> list[str]:
 
 
 async def _start_shard(flags: list[str]) -> asyncio.subprocess.Process:
-    # -P: a file of the current directory, such as random.py, must not take the place of a module.
+    # -P: a file of the current directory must not take the place of the module that has its name.
     command = [sys.executable, "-P", "-m", "loraplex.cli.main", "shard", *flags]
     # The flags are complete; the variables are the settings of this process.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}

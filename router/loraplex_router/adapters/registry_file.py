@@ -12,6 +12,7 @@ aliases:
 import asyncio
 import errno
 import fcntl
+import json
 import logging
 import os
 import re
@@ -110,7 +111,9 @@ class RegistryFile:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 former = read_registry(path)
                 changed = edit(former)
-                replace_file(path, lambda file: file.write(write_registry(changed).encode()))
+                replace_file(
+                    path, lambda file: file.write(write_registry(changed, self._path.suffix == ".json").encode())
+                )
                 self.uploads.keep_only(_uploads(changed), _uploads(former))
                 return self._opened(changed)
         except RegistryFileError as error:
@@ -198,16 +201,17 @@ def read_registry(path: Path) -> Registered:
     return registered
 
 
-def write_registry(content: Registered) -> str:
-    """The content as a file says it."""
+def write_registry(content: Registered, as_json: bool = False) -> str:
+    """The content as a file says it, in YAML or in JSON."""
     adapters = {
         name: {number: _write_origin(version) for number, version in versions.items()}
         for name, versions in content.names.items()
     }
     aliases = {alias: dict(targets) for alias, targets in content.aliases.items()}
-    text: str = yaml.dump(
-        {"adapters": adapters, "aliases": aliases}, Dumper=_Dumper, sort_keys=False, allow_unicode=True
-    )
+    written = {"adapters": adapters, "aliases": aliases}
+    if as_json:
+        return json.dumps(written, indent=2, ensure_ascii=False) + "\n"
+    text: str = yaml.dump(written, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 
