@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -154,6 +154,17 @@ def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], obje
     tensors = load_file(directory / TENSORS)
     edit(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / TENSORS)
+
+
+def broken(tensors: Mapping[str, torch.Tensor], name: str) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of a file in which one of them is missing, not finite, of another shape, or of integers."""
+    yield {other: tensor for other, tensor in tensors.items() if other != name}
+    tensor = tensors[name]
+    last = tensor.clone()
+    last.view(-1)[-1] = torch.nan
+    more, integers = torch.cat((tensor, tensor[-1:])), torch.zeros(tensor.shape, dtype=torch.int8)
+    for each in torch.full_like(tensor, torch.inf), last, tensor[..., None].clone(), more, integers:
+        yield {**tensors, name: each}
 
 
 def loaded_by_peft(directory: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Adapters of the embedding, the lm head, single tokens and norms, with as many tokens as the model or not: all of them
 in one batch with the base, their logits are PEFT's."""
 
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Replace
@@ -44,7 +45,7 @@ from loraplex_shard.settings import Quantize
 from loraplex_shard.shapes.batch import Segment
 from tests.shard.decoders import Sequences, load, load_reference, save_checkpoint
 from tests.shard.families import SIZES
-from tests.shard.lora_models import contents, edit_config, edit_tensors, read
+from tests.shard.lora_models import broken, contents, edit_config, edit_tensors, read
 from tests.shard.operations import BLOCK_SIZE, cpu_operations
 from tests.shard.thread_ranks import run_on_ranks
 
@@ -302,7 +303,7 @@ EMBEDDING = "base_model.model.model.embed_tokens"
         (
             {"modules_to_save": ["norm"]},
             lambda t: t["base_model.model.model.norm.weight"].fill_(torch.inf),
-            "in place of norms is NaN or infinite",
+            "model.norm.weight has values that are NaN or infinite",
         ),
         (
             {"modules_to_save": ["norm"]},
@@ -333,6 +334,31 @@ def test_what_is_wrong_with_one_is_named(
     edit_config(tmp_path, **{name: value for name, value in options.items() if name == "trainable_token_indices"})
     edit_tensors(tmp_path, edit or (lambda tensors: None))
     assert reason in refusal(untied, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "LoRA of the embedding",
+        "DoRA of both",
+        "a head and an embedding of its own",
+        "other tokens of both",
+        "norms and the head",
+        "a layer's MLP",
+    ],
+)
+def test_broken_tensors_of_any_kind_are_named(kind: str, tmp_path: Path) -> None:
+    base = save_checkpoint(BASES["StarCoder 2, norms with biases"], tmp_path / "base")
+    make_adapter(base, tmp_path / "adapter", VOCAB, KINDS[kind])
+    decoder, tensors = load(base), load_file(tmp_path / "adapter" / TENSORS)
+    for name in [name for name in tensors if "layers" not in name or ("layers.1" in name and ".lora_" not in name)]:
+        tensor = name.removeprefix("base_model.model.")
+        module = re.sub(r"(\.token_adapter)?\.\w+$", "", tensor.removesuffix(".weight")) or tensor
+        for each in broken(tensors, name) if ".base_layer" not in name else ():
+            save_file(each, tmp_path / "adapter" / TENSORS)
+            with pytest.raises(AdapterInvalidError) as caught:
+                read_adapter(read(tmp_path / "adapter"), decoder.layouts, base_of(decoder), torch.float32)
+            assert tensor in caught.value.message or module in caught.value.message
 
 
 def test_an_embedding_with_more_tokens_needs_its_head(untied: Path, tmp_path: Path) -> None:

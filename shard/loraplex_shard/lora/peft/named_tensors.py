@@ -1,7 +1,7 @@
 """Which tensors an adapter must have by its configuration, and which of the base's own it replaces."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -99,11 +99,30 @@ def check_names(
     if extra := extra - own.keys():
         raise AdapterInvalidError(f"{TENSORS}: adapter_config.json does not call for {listed(extra)}")
     whole = {f"{match['module']}.{match['kind']}" for match in own.values()}
-    called = {f"{module}.weight" for module in parts} | shapes.keys()
+    held = frozenset[str]() if base.tensors is None else base.tensors.names
+    biases = {f"{module}.bias" for module in parts} & held
+    called = {f"{module}.weight" for module in parts} | biases | shapes.keys()
     expected |= {f"{PREFIX}{name}" for name in called - whole if _is_saved(name.rpartition(".")[0], config)}
     if missing := expected - tensors.keys():
         raise AdapterInvalidError(f"{TENSORS}: missing {listed(missing)}, which adapter_config.json calls for")
     return replaced, norms
+
+
+def doubts_about_biases(
+    tensors: Iterable[str], targets: Container[str], parts: Iterable[str], config: AdapterConfig, base: BaseModel
+) -> tuple[str, ...]:
+    """What may be wrong with the base's biases that the configuration calls trained. Former versions of PEFT did not
+    save any. Raises AdapterInvalidError if only some of them are missing."""
+    if config.bias not in ("all", "lora_only") or base.tensors is None:
+        return ()
+    trained = {module for module in parts if config.bias == "all" or module in targets}
+    expected = {module for module in trained if f"{module}.bias" in base.tensors.names}
+    given = {match["module"] for name in tensors if (match := _BASE_TENSOR.fullmatch(name)) and match["kind"] == "bias"}
+    missing = expected - given
+    if missing and missing != expected:
+        names = listed({f"{PREFIX}{module}{'.base_layer' * (module in targets)}.bias" for module in missing})
+        raise AdapterInvalidError(f"{TENSORS}: missing {names}, which adapter_config.json calls for (bias)")
+    return (f"bias: {config.bias}, but its file has no biases: the model's are used, as in PEFT",) if missing else ()
 
 
 def _is_loaded(name: re.Match[str], targets: Mapping[str, Target], config: AdapterConfig) -> bool:

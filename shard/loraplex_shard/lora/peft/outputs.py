@@ -54,6 +54,10 @@ def with_outputs(
         return replace(delta, gain=factors)
     if b_bias is None and magnitude is None and own == Replaced():
         return delta
+    given = {name_of_bias(module): b_bias, name_of_magnitude(module): magnitude, f"{module}.bias": own.bias}
+    for name, tensor in given.items():
+        if tensor is not None and not tensor.isfinite().all():
+            raise AdapterInvalidError(f"{TENSORS}: {name} has values that are NaN or infinite")
     old = base.bias(module)
     shift = _zeros(delta) if old is None else old.float()
     gain: torch.Tensor | None = None

@@ -20,7 +20,7 @@ from loraplex_shard.lora.peft.invocation import read_invocation
 from loraplex_shard.lora.peft.parsing import config_of
 from loraplex_shard.lora.peft.shapes import listed
 from loraplex_shard.lora.peft.special_tokens import end_tokens, foreign_tokens
-from loraplex_shard.lora.peft.tensor_names import as_saved_by_peft, is_of_another_part
+from loraplex_shard.lora.peft.tensor_names import PREFIX, as_saved_by_peft, is_of_another_part
 from loraplex_shard.lora.peft.tensors import read_tensors
 from loraplex_shard.lora.peft.whole import WholeAdapter, is_unused, understand
 from loraplex_shard.lora.sources.files import TENSORS, AdapterFiles
@@ -94,6 +94,9 @@ def cut_adapter(
     does."""
     if base.served is None:
         return partition_adapter(whole.deltas, layouts, dtype, whole.classifier)
+    for name, norm in whole.norms.items():
+        if not norm.float().isfinite().all():
+            raise AdapterInvalidError(f"{TENSORS}: {PREFIX}{name} has values that are NaN or infinite")
     norms = base.served.read_norms(whole.norms) if whole.norms else ()
     own = own_weights(whole.deltas, norms, layouts, base.served.vocabulary, base.served.pack)
     return partition_adapter(whole.deltas, layouts, dtype, whole.classifier, own)

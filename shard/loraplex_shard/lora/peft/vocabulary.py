@@ -178,7 +178,7 @@ class _Reading:
         if old is None:
             return None
         came = self._find(half.name(_BASE[half.wrapper].removesuffix("weight") + "bias"))
-        bias = self._find(half.name("bias")) if half.wrapper == "saved" else came
+        bias = self._take(half.name("bias")) if half.wrapper == "saved" else came
         if bias is not None:
             self._check(half.name("bias"), bias, tokens=self._count)
         if bias is None or bias.is_meta or (bias.shape == old.shape and bias.equal(old.to(bias.dtype))):

@@ -16,7 +16,7 @@ from loraplex_shard.lora.peft.forms import as_served, as_trained
 from loraplex_shard.lora.peft.gguf import GgufConfig
 from loraplex_shard.lora.peft.kinds import Ia3Config, TrainableTokensConfig
 from loraplex_shard.lora.peft.mlx import MlxConfig, in_pefts_terms, targets_in_file
-from loraplex_shard.lora.peft.named_tensors import check_lora_shapes, check_names
+from loraplex_shard.lora.peft.named_tensors import check_lora_shapes, check_names, doubts_about_biases
 from loraplex_shard.lora.peft.outputs import Replaced, nothing, with_outputs
 from loraplex_shard.lora.peft.products import in_plain_terms
 from loraplex_shard.lora.peft.targets import Target, find_targets, is_named
@@ -118,6 +118,7 @@ def understand(
         deltas = read_vocabulary(of_ends, of_embedding, tokens, tying, base, base.head in ends)
         tensors = {name: tensor for name, tensor in tensors.items() if name not in of_ends}
     replaced, norms = check_names(tensors, targets, parts, config, base)
+    doubts += doubts_about_biases(tensors, targets, parts, config, base)
     own = [module for module, delta in deltas.items() if delta.own is not None or module == base.embedding]
     if config.is_activated and (everywhere := [*replaced, *norms, *own]):
         raise AdapterInvalidError(
