@@ -3,12 +3,15 @@
 import http.client
 import json
 import re
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
 import pytest
 
+from loraplex import Client
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.generation_pb2_grpc import GenerationServiceStub
 from tests.e2e.processes import Server
@@ -153,3 +156,24 @@ def test_a_grpc_message_is_not_decompressed(server: Server):
         bomb = pb.GenerateRequest(text="\0" * (64 * MIB))
         GenerationServiceStub(channel).Generate(bomb, timeout=120, compression=grpc.Compression.Gzip)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_streams_that_nobody_reads_cost_little_memory_and_delay_no_others(server: Server):
+    body = {"prompt": "Hi", "stream": True, "n": 4, "max_tokens": 200, "logprobs": 5, "ignore_eos": True}
+    content = json.dumps(body)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+    request = f"{head}Content-Type: application/json\r\n\r\n{content}".encode()
+    asked = pb.GenerateRequest(text="Hi", n=4)
+    asked.stopping.max_new_tokens, asked.stopping.ignore_eos = 200, True
+    with ExitStack() as held:
+        for _ in range(8):
+            unread = held.enter_context(socket.socket())
+            unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            unread.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+            unread.sendall(request)
+            channel = held.enter_context(grpc.insecure_channel(server.address))
+            held.callback(GenerationServiceStub(channel).GenerateStream(asked).cancel)
+        with Client(server.address) as client:
+            pieces = list(client.stream("Hi", max_new_tokens=30, ignore_eos=True))
+        assert sum(len(piece.tokens) for piece in pieces) == 30
+        server.wait_until('loraplex_sequences{state="running"}', 0, 60)  # nothing waits for them to be read

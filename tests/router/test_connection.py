@@ -4,18 +4,24 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 
+import grpc.aio
 import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
+from loraplex_protos import generation_pb2 as pb
+from loraplex_protos.generation_pb2_grpc import GenerationServiceServicer, GenerationServiceStub
+from loraplex_router.api import sending
+from loraplex_router.api.grpc import GrpcServer
 from loraplex_router.api.http import connection
 from loraplex_router.api.http.body_limit import MOST_BODIES, BodyLimit
 from loraplex_router.api.http.connection import MAX_HEADERS, MAX_PIPELINED, TOO_MANY, Connection
 
 LIMIT = 1000
+ENDED = asyncio.Event()  # an answer without an end has ended
 ENDLESS = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -33,12 +39,31 @@ async def ignore(request: Request) -> PlainTextResponse:
     return PlainTextResponse("ignored")
 
 
+async def endless(request: Request) -> StreamingResponse:
+    async def parts() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"x" * 2**16
+                await asyncio.sleep(0)
+        finally:
+            request.app.state.ended.set()
+
+    return StreamingResponse(parts())
+
+
 @pytest.fixture
 async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
     """The address of a server that answers with the length of a body, and does not wait long."""
-    for name in ("HEADER_SECONDS", "REST_SECONDS"):
+    for name in ("HEADER_SECONDS", "READ_SECONDS", "REST_SECONDS"):
         monkeypatch.setattr(connection, name, 0.2)
-    app = Starlette(routes=[Route("/", count, methods=["POST"]), Route("/ignored", ignore, methods=["POST"])])
+    routes = (
+        Route("/", count, methods=["POST"]),
+        Route("/ignored", ignore, methods=["POST"]),
+        Route("/endless", endless),
+    )
+    app = Starlette(routes=routes)
+    app.state.ended = ENDED
+    ENDED.clear()
     app.add_middleware(BodyLimit, limit=LIMIT, seconds=0.2)
     server = Server(uvicorn.Config(app, port=0, http=Connection, lifespan="off", log_config=None))
     serving = asyncio.create_task(server.serve())
@@ -131,3 +156,34 @@ async def test_many_requests_before_an_answer_are_refused(port: int):
     assert answer.count(b"HTTP/1.1 200 OK") == MAX_PIPELINED and answer.endswith(b"2")
     answer = await send(port, one * (MAX_PIPELINED + 10))
     assert b"HTTP/1.1 400" in answer and TOO_MANY.encode() in answer
+
+
+async def test_a_client_that_does_not_read_is_given_up(port: int):
+    _reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**10)
+    writer.write(b"GET /endless HTTP/1.1\r\nhost: a\r\n\r\n")
+    await asyncio.wait_for(ENDED.wait(), 60)
+    writer.close()
+
+
+async def test_a_grpc_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sending, "READ_SECONDS", 0.2)
+    ended = asyncio.Event()
+
+    class Endless(GenerationServiceServicer):
+        async def GenerateStream(self, request, context):
+            try:
+                while True:
+                    yield pb.GenerateStreamResponse(text="x" * 2**20)
+            finally:
+                ended.set()
+
+    server = GrpcServer(Endless(), LIMIT)
+    grpc_port = await server.start("127.0.0.1", 0)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+        call = GenerationServiceStub(channel).GenerateStream(pb.GenerateRequest())
+        assert len((await call.read()).text) == 2**20
+        await asyncio.wait_for(ended.wait(), 60)
+        with pytest.raises(grpc.aio.AioRpcError, match="the client has read nothing"):
+            while await call.read():
+                pass
+    await server.stop(0)

@@ -10,7 +10,8 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, ServiceDescr
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
-from loraplex_protos.errors import FieldViolation, InvalidRequestError, OverloadedError
+from loraplex_protos.errors import FieldViolation, InvalidRequestError, OverloadedError, RequestCancelledError
+from loraplex_router.api.sending import READ_SECONDS, Sender
 
 MAX_FIELDS = 2**14  # set in a request and in all parts of it; a list of numbers is one
 MAX_NUMBERS = 2**19  # bytes of all lists of numbers: 175,000 token ids at least
@@ -82,10 +83,12 @@ class MessageLimits(grpc.aio.ServerInterceptor):
             with self._held(data):
                 return await handler.unary_unary(await self._read(data, kind, context), context)
 
-        async def stream(data: bytes, context: Context) -> AsyncIterator[Any]:
+        async def stream(data: bytes, context: Context) -> None:
             with self._held(data):
-                async for answer in handler.unary_stream(await self._read(data, kind, context), context):
-                    yield answer
+                answers = handler.unary_stream(await self._read(data, kind, context), context)
+                if not await Sender(answers, context).send_all():
+                    async with self._answering(context):
+                        raise RequestCancelledError(f"the client has read nothing for {READ_SECONDS:g} seconds")
 
         async def collect(messages: AsyncIterator[bytes], context: Context) -> Any:
             async def parsed() -> AsyncIterator[Any]:  # within the handler, which answers errors

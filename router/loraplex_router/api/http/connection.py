@@ -1,5 +1,6 @@
 """Uvicorn's HTTP connection, with limits that it lacks: on the time and size of a request's headers, on the rest of a
-body after its request was answered, and on requests that are sent before the last one is answered."""
+body after its request was answered, on requests that are sent before the last one is answered, and on the time for
+which a client reads nothing of an answer."""
 
 import asyncio
 
@@ -7,6 +8,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_SECONDS = 20.0  # from a connection's or a request's first byte to the end of its headers
 MAX_HEADERS = 2**16  # bytes, the URL included
+READ_SECONDS = 120.0  # without a byte read of an answer, before the client is given up
 REST_SECONDS = 60.0  # for the rest of a body that nobody reads
 MAX_REST = 2**26  # bytes of it
 MAX_PIPELINED = 32  # requests; each is read as soon as it arrives, thousands within one part of the stream
@@ -18,6 +20,7 @@ class Connection(HttpToolsProtocol):
     """Closes connections that take too long or send too much."""
 
     _late: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
     _in_headers = True
     _headers = _rest = 0  # bytes
 
@@ -27,6 +30,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_watching()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -40,6 +44,14 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         if self._rest > MAX_REST:
             self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        self._stop_watching()
+        super().resume_writing()
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -74,3 +86,18 @@ class Connection(HttpToolsProtocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+    def _watch(self) -> None:
+        """Nothing more is written meanwhile, so what waits to be read can only become less."""
+        self._unread = self.loop.call_later(READ_SECONDS, self._check_read, self.transport.get_write_buffer_size())
+
+    def _check_read(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._watch()
+        else:
+            self.transport.abort()
+
+    def _stop_watching(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
