@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.chaos.cluster import LOG
 from tests.chaos.run import kill, run, soak
 
 LAYOUT = 2, 1
@@ -25,7 +26,7 @@ def main() -> None:
     event = soak(options.soak) if options.soak else kill(options.kills)
     with tempfile.TemporaryDirectory() as folder:
         report = asyncio.run(run(Path(folder), LAYOUT, options.seed, options.workers, event))
-    print(report)
+    print(report, f"The processes' logs are in {LOG}.", sep="\n")
     sys.exit(bool(report.faults))
 
 

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import json
+import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -21,6 +23,7 @@ from tests.redis_server import redis_server
 from tests.stand_in_hub import StandInHub
 from tests.stand_in_stores import StandInS3
 
+LOG = Path(tempfile.gettempdir(), f"loraplex-chaos-{os.getpid()}.log")  # of all processes, at the end
 RANKS = 2
 LOCAL = ("red", "green", "blue")
 READY_SECONDS = 120
@@ -122,6 +125,7 @@ class Cluster:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        LOG.write_text(self._log())
         await self._stack.aclose()
 
     def _flags(self, number: int) -> list[str]:
@@ -145,8 +149,7 @@ class Cluster:
         flags = f"--shards={shards}", f"--store={self._store}", registry, *written
         await asyncio.to_thread(partial(place.start, *flags, env=self.clock.environment))
 
-    def log(self) -> str:
-        """Of all processes."""
+    def _log(self) -> str:
         return "\n".join([self.ranks.log, *(place.log + place.router.log for place in self.places)])
 
     def wrong_usage(self) -> list[str]:

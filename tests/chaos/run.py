@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from tests.chaos.batch import Batch
 from tests.chaos.cluster import Cluster
 from tests.chaos.ledger import Ledger
 from tests.chaos.troubles import Troubles
-
-LOG = Path(tempfile.gettempdir(), "loraplex-chaos.log")
 
 Event = Callable[[Cluster, Troubles], Awaitable[list[str]]]  # returns faults, in words
 
@@ -28,8 +25,7 @@ class Report:
 
     def __str__(self) -> str:
         counts = [f"{count:6} {name}" for name, count in (*self.troubles.most_common(), *self.outcomes.most_common())]
-        logs = [f"the processes' logs are in {LOG}"] if self.faults else []
-        return "\n".join([f"{self.kills} kills", *counts, f"{len(self.faults)} faults", *self.faults, *logs])
+        return "\n".join([f"{self.kills} kills", *counts, f"{len(self.faults)} faults", *self.faults])
 
 
 async def run(folder: Path, layout: Sequence[int], seed: int, workers: int, event: Event) -> Report:
@@ -56,8 +52,6 @@ async def run(folder: Path, layout: Sequence[int], seed: int, workers: int, even
         await asyncio.to_thread(ledger.audit)
         await ledger.close()
         faults += cluster.wrong_usage()
-        if faults or ledger.faults:
-            LOG.write_text(cluster.log())
     return Report(troubles.kills, troubles.counts, ledger.outcomes, ledger.faults + faults)
 
 
