@@ -21,7 +21,6 @@ from loraplex_shard.device.hosts import gather_texts, host_id
 from loraplex_shard.kernels.library import KINDS, Kernels
 
 SHARED = Path("/dev/shm")
-PREFIX = "loraplex-"  # of the file's name, which it has until all ranks have opened it
 # What a rank hands to the others at once: small enough to stay in a processor's cache.
 SLOT_BYTES = 128 << 10
 # Seconds that a rank may come later to a collective than another. Ranks that are lost are noticed at once; this is for
@@ -69,9 +68,8 @@ class SharedMemory:
             mapped = torch.tensor(shared is not None, dtype=torch.int32)
             dist.all_reduce(mapped, dist.ReduceOp.MIN)
         finally:
-            if created is not None:
+            if created:
                 _path(name).unlink()
-                os.close(created)
         return shared if mapped else None
 
     def all_reduce_(self, tensor: torch.Tensor) -> None:
@@ -130,30 +128,20 @@ def memory_bytes(kernels: Kernels, size: int) -> int:
 
 
 def _path(name: torch.Tensor) -> Path:
-    return SHARED / f"{PREFIX}{bytes(name.tolist()).hex()}"
+    return SHARED / f"loraplex-{bytes(name.tolist()).hex()}"
 
 
-def _create(path: Path, size: int) -> int | None:
-    """Makes the file, of zeros, if there is room for it. It is locked until the descriptor is closed."""
-    delete_left()
+def _create(path: Path, size: int) -> bool:
+    """Makes the file, of zeros, if there is room for it."""
     try:
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     except OSError:
-        return None
+        return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
         os.posix_fallocate(fd, 0, size)  # a file that only claims its size would kill whoever writes to it
     except OSError:
         path.unlink()
+        return False
+    finally:
         os.close(fd)
-        return None
-    return fd
-
-
-def delete_left() -> None:
-    """Deletes files of processes that were killed before all ranks had opened them."""
-    for path in SHARED.glob(f"{PREFIX}{'[0-9a-f]' * 32}"):
-        with suppress(OSError), path.open("rb") as file:  # it is another user's, its owner lives, or it is gone
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_size:  # it was locked before it got its size
-                path.unlink()
+    return True
