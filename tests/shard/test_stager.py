@@ -84,6 +84,7 @@ def test_each_call_is_a_process_of_low_priority_that_is_killed_first_when_memory
     shared = Shared.of(stager)
     first, second = call(stager, shared.process), call(stager, shared.process)
     assert first[0] == second[0] and first[1] != second[1]
+    assert call(stager, os.getenv, "TOKIO_WORKER_THREADS") == "1"
     assert first[2:] == (min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE), 1000)
 
 

@@ -173,6 +173,7 @@ def _serve(control: socket.socket, shared: Mapping[str, object]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for its processes
     os.nice(NICE)  # forks take time, too
     torch.set_num_threads(1)  # those of the rank's pools do not exist here
+    os.environ["TOKIO_WORKER_THREADS"] = "1"  # obstore would start one for each core, in each process
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, len(ONE_PROCESS), 1)
         if not message:
