@@ -248,7 +248,7 @@ async def test_a_stream_that_began_while_the_store_failed_can_be_resumed_once_it
         assert "id: " not in "".join(client.bodies)
         client.reads.clear()
         store.failing = False
-        await first.service._journal.flush()
+        await first.service.requests._journal.flush()
         client.reads.set()
         await running
         sent = events(client)
