@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -105,6 +106,10 @@ def main(rank: int, directory: Path) -> None:
     one, summed = torch.ones(1), torch.ones(1)
     program = two_sums(kernels, in_program, summed)
     seen["sum of a program"] = program.run(()).item()
+    dist.barrier()
+    if rank == 0:
+        time.sleep(0.5)  # the others look whether it lives
+    seen["first is late"] = error_of(lambda: shared.all_reduce_(torch.ones(1)))
     dist.barrier()
     if rank != LAST:
         seen["late"] = error_of(lambda: late.all_reduce_(one))

@@ -54,6 +54,10 @@ def test_a_program_runs_all_of_its_sums(seen: Seen) -> None:
     assert [rank["sum of a program"] for rank in seen] == [SIZE**2] * SIZE
 
 
+def test_the_rank_that_made_the_memory_is_seen_live(seen: Seen) -> None:
+    assert [rank["first is late"] for rank in seen] == ["none"] * SIZE
+
+
 def test_the_memory_has_no_name_once_all_have_mapped_it(seen: Seen) -> None:
     names = seen[0]["names"]  # rank 0 removes the name
     assert len(names) == 5 and all(name.endswith(" (deleted)") for name in names)
