@@ -23,7 +23,7 @@ from loraplex_shard.shapes.batch import NONE, Batch, Inputs
 # Numbers of tokens of recorded passes. With more tokens, a GPU computes for longer than the host launches.
 BUCKETS = 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512
 PARTS = 512, 4096  # room for short tiles, and for partial results
-LEAST_WIDEST = 64
+LEAST_WIDEST = 256  # room for ranks: r=64 for query, key and value. It only takes memory
 
 TORCH = {
     np.dtype(np.int32): torch.int32,
