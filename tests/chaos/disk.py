@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -27,8 +28,10 @@ class Disk:
 
     def fill(self) -> None:
         with self._ballast.open("wb") as file:
-            status = os.statvfs(file.fileno())
-            os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_bsize)
+            while (status := os.statvfs(file.fileno())).f_bavail:
+                with suppress(OSError):  # others have written meanwhile
+                    size = os.fstat(file.fileno()).st_size + status.f_bavail * status.f_bsize
+                    os.posix_fallocate(file.fileno(), 0, size)
 
     def free(self) -> None:
         self._ballast.unlink()
