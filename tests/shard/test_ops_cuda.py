@@ -252,7 +252,7 @@ def with_room(worklist: Worklist, room: int) -> Worklist:
     """The same list, with entries that nothing may read behind it."""
     entries = worklist.entries.new_full((room, worklist.entries.shape[1]), 1 << 30)
     entries[: worklist.room] = worklist.entries
-    return Worklist(entries, entries, worklist.count)
+    return Worklist(entries, worklist.count)
 
 
 @pytest.mark.usefixtures("rounding_to_float8")

@@ -115,5 +115,4 @@ class Runner:
 
     def _segments(self, lineup: Lineup) -> tuple[Segment, ...]:
         """The runs of tokens that use one adapter."""
-        adapter_in = self.slots.adapter_in
-        return tuple([Segment(first, stop, adapter_in(slot)) for first, stop, slot in lineup.runs])
+        return tuple([Segment(first, stop, self.slots.adapter_in(slot)) for first, stop, slot in lineup.runs])

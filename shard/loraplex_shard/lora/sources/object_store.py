@@ -104,7 +104,9 @@ class ObjectStoreSource(Source):
         options = read_profile() if self.name == "s3" else {}
         address = f"{scheme}://{self._bucket}"
         try:
-            client |= {"timeout": LONGEST_READ, "root_certificate": _authorities()}
+            client |= {"timeout": LONGEST_READ}
+            if authorities := _authorities():
+                client |= {"root_certificate": authorities}
             self._store = from_url(address, client_options=client, retry_config=retries, **options)
         except (BaseError, OSError) as error:
             raise ValueError(str(error).partition("\n")[0][:200]) from None
