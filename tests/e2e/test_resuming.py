@@ -20,7 +20,7 @@ from tests.tools import needs_redis
 
 pytestmark = needs_redis
 
-TOKENS = 150
+TOKENS = 300
 LONG = {"max_new_tokens": TOKENS, "ignore_eos": True}
 STREAMS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -159,7 +159,7 @@ async def test_streams_survive_the_death_and_the_end_of_their_router(
                     expected = undisturbed[name] if name else await read(client, seeded)
                     assert told(pieces) == told(expected), name
                 assert content(await asyncio.to_thread(source.join)) == answer
-            assert other.metric("loraplex_resumed_total") >= len(STREAMS) // 2  # the others were faster
+            assert other.metric("loraplex_resumed_total") >= len(STREAMS)
             await asyncio.to_thread(other.assert_nothing_is_held)
 
         await through(first, signal.SIGKILL)
