@@ -7,6 +7,7 @@ import pytest
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import InvalidRequestError
+from loraplex_router.replicas.replicas import Lease
 from loraplex_router.service.service import Service
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.text.tokenizer import Tokenizer
@@ -50,6 +51,19 @@ async def test_a_text_with_a_token_that_the_model_lacks_is_refused_by_name(
     with pytest.raises(InvalidRequestError, match=r"inputs: .*PAD|chat\.messages: .*PAD"):
         await service.pooling.embed(EmbedRequest((prompt,)))
     assert service.requests.idle
+
+
+async def test_one_version_of_an_adapter_renders_and_tokenizes(service: Service, monkeypatch: pytest.MonkeyPatch):
+    sessions, place = list[str](), service._place
+
+    async def place_base(adapter: AdapterReference | None, key: str | None, session: str) -> Lease:
+        sessions.append(session)
+        return await place(None, key, session)
+
+    monkeypatch.setattr(service, "_place", place_base)
+    await service.tokenize(Chat((Message("user", "Hi"),)), False, AdapterReference("alias"))
+    rendered, tokenized = sessions
+    assert rendered == tokenized != ""
 
 
 async def test_truncated_tokens_are_not_checked(service: Service):

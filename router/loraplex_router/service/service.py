@@ -218,6 +218,7 @@ class Service:
     ) -> Spans:
         """The tokens of a text or a rendered conversation, each with its position. A conversation is rendered with the
         adapter's chat template, if it has one. An adapter may have tokens of its own."""
+        session = session or new_session()  # one version of the adapter renders and tokenizes
         if isinstance(prompt, Chat):
             with await self._place(adapter, key, session) as lease:
                 prompt = (await self._preparation.render(prompt, lease.adapter, self.keys.tenant(key))).text
