@@ -87,12 +87,13 @@ def strike(*names: str) -> Event:
 
 
 def soak(minutes: float) -> Event:
-    """Nothing but the load. After a third of the time, nothing may grow any more."""
+    """Nothing but the load. After ten minutes, or a third of a shorter run, nothing may grow any more."""
+    warm = min(10, minutes / 3) * 60
 
     async def event(cluster: Cluster, troubles: Troubles) -> list[str]:
-        await asyncio.sleep(minutes * 60 / 3)
+        await asyncio.sleep(warm)
         before = await asyncio.to_thread(holdings, cluster)
-        await asyncio.sleep(minutes * 60 * 2 / 3)
+        await asyncio.sleep(minutes * 60 - warm)
         after = await asyncio.to_thread(holdings, cluster)
         for process, held in after.items():
             print(process, *(f"{before[process][name]:.0f} -> {held[name]:.0f} {name}" for name in held), sep=", ")
