@@ -10,9 +10,10 @@ from pydantic import BaseModel, ValidationError
 
 from loraplex.cli.flags import parse, warn_of_variables
 from loraplex.cli.flags_help import SUBJECTS, describe
-from loraplex.cli.habits import HABITS
+from loraplex.cli.habits import HABITS, VARIABLES
 from loraplex.cli.ranks import shard_flags
 from loraplex.cli.supervisor import ServeSettings, shards
+from loraplex.cli.variables import is_setting
 from loraplex_router.settings import RouterSettings
 from loraplex_shard.settings import ModelSettings, NodeSettings, ShardSettings
 
@@ -145,7 +146,7 @@ SERVICE_LINKS = {
 @pytest.fixture
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
-        if name.startswith("LORAPLEX_"):
+        if is_setting(name):
             monkeypatch.delenv(name)
 
 
@@ -155,7 +156,7 @@ def test_service_links_of_kubernetes_set_nothing(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, value)
     settings = parse(ServeSettings, ["--grpc-port=7"], "serve", "", positional="model")
     assert (settings.http_port, settings.grpc_port, settings.metrics_port) == (3000, 7, 0)
-    warn_of_variables(ServeSettings, "serve")
+    warn_of_variables(settings, "serve")
     http, metrics = caplog.messages
     assert "LORAPLEX_HTTP_PORT has no effect: Kubernetes has set it to tcp://10.0.0.2:80" in http
     assert "for a Service named loraplex-metrics; `enableServiceLinks: false`" in metrics
@@ -166,7 +167,7 @@ def test_variables_that_no_setting_reads_are_named(monkeypatch: pytest.MonkeyPat
     for name in ("MAX_BATCH_TOKENS", "MAX_QUEU", "API_KEY", "PORT", "COLOUR", "STORE", "SERVER", "TEST_DEVICE"):
         monkeypatch.setenv(f"LORAPLEX_{name}", "8000")
     monkeypatch.setenv("LORAPLEX_TP", "")
-    warn_of_variables(RouterSettings, "router")
+    warn_of_variables(RouterSettings(shards=("a:1",)), "router")
     assert caplog.messages == [
         "LORAPLEX_API_KEY is not a setting of `loraplex router`; "
         "as a flag, it is --api-keys FILE, which holds hashes of keys",
@@ -177,11 +178,71 @@ def test_variables_that_no_setting_reads_are_named(monkeypatch: pytest.MonkeyPat
     ]
 
 
+@pytest.mark.usefixtures("nothing_set")
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        (
+            "VLLM_API_KEY",
+            "VLLM_API_KEY has no effect; here it is LORAPLEX_API_KEYS FILE, which holds hashes of keys; set",
+        ),
+        (
+            "LLAMA_ARG_SSL_KEY_FILE",
+            "LLAMA_ARG_SSL_KEY_FILE has no effect; here it is LORAPLEX_TLS_KEY; set that, or unset",
+        ),
+        ("MODEL_ID", "MODEL_ID has no effect; here it is LORAPLEX_MODEL; set that, or unset the variable"),
+    ],
+)
+def test_a_server_does_not_start_without_the_protection_or_the_model_that_another_server_would_have(
+    variable: str, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(variable, "secret")
+    with pytest.raises(typer.BadParameter, match=message) as refused:
+        parse(ServeSettings, [], "serve", "", positional="model")
+    assert "secret" not in str(refused.value)
+    monkeypatch.setenv(variable, "")
+    parse(ServeSettings, [], "serve", "", positional="model")
+
+
+@pytest.mark.usefixtures("nothing_set")
+def test_it_starts_with_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "keys").touch()
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("MODEL_ID", "org/name")
+    settings = parse(ServeSettings, ["org/name", f"--api-keys={tmp_path}/keys"], "serve", "", positional="model")
+    warn_of_variables(settings, "serve")
+    assert not [text for text in caplog.messages if "VLLM" in text or "MODEL_ID" in text]
+    parse(NodeSettings, ["--model=org/name"], "shard", "")  # asks nobody for a key
+
+
+@pytest.mark.usefixtures("nothing_set")
+def test_variables_of_other_servers_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    values = {"MAX_INPUT_LENGTH": "1024", "PORT": "80", "ADAPTER_ID": "org/adapter", "LLAMA_ARG_CTX_SIZE": "4096"}
+    values |= {"API_KEY": "secret", "HF_API_TOKEN": "secret", "TRUST_REMOTE_CODE": "false", "NUM_SHARD": ""}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    warn_of_variables(ServeSettings(), "serve")
+    assert caplog.messages == [
+        "ADAPTER_ID has no effect; here it is not supported: requests name their adapter",
+        "API_KEY has no effect; here it is LORAPLEX_API_KEYS FILE, which holds hashes of keys",
+        "HF_API_TOKEN has no effect; here it is the variable HF_TOKEN",
+        "LLAMA_ARG_CTX_SIZE has no effect; here it is LORAPLEX_MAX_MODEL_LEN",
+        "MAX_INPUT_LENGTH has no effect; here it is LORAPLEX_MAX_MODEL_LEN",
+        "PORT has no effect; here it is LORAPLEX_HTTP_PORT; gRPC has LORAPLEX_GRPC_PORT",
+    ]
+    caplog.clear()
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    warn_of_variables(ServeSettings(http_port=80, max_model_len=1024), "serve")
+    assert not [text for text in caplog.messages if "PORT " in text or "MAX_INPUT" in text or "HF_API_TOKEN" in text]
+
+
 def test_what_flags_are_translated_to_exists():
     known = {f"--{name.replace('_', '-')}" for name in ServeSettings.model_fields}
     known |= {"--nodes"}  # of the shard
     named = {word.rstrip(";") for text in HABITS.values() for word in text.split() if word.startswith("--")}
     assert named <= known and not known & HABITS.keys()
+    assert {text for text in VARIABLES.values() if text.startswith("--")} <= known | HABITS.keys()
 
 
 def test_an_adapter_instead_of_a_directory_of_adapters_is_refused(tmp_path: Path):

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from loraplex.cli.flags_help import describe
 from loraplex.cli.habits import translated
 from loraplex.cli.output import width
-from loraplex.cli.variables import former, is_service_link, variable, without_effect
+from loraplex.cli.variables import foreign, former, is_service_link, variable, without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +46,23 @@ def parse(kind: type[Settings], arguments: list[str], command: str, text: str, p
     parsed = typer.main.get_command(app).main(arguments, prog_name=f"loraplex {command}", standalone_mode=False)
     if not isinstance(parsed, kind):
         raise typer.Exit(parsed or 0)
+    if refused := [text for text, serious in foreign(own, _given(parsed), os.environ) if serious]:
+        raise typer.BadParameter("\n".join(f"{text}; set that, or unset the variable" for text in refused))
     return parsed
 
 
-def warn_of_variables(kind: type[BaseModel], command: str) -> None:
-    """Logs the LORAPLEX_* variables that have no effect on the command with these settings."""
-    for text in without_effect(command, kind.model_fields, _others(command), os.environ):
+def warn_of_variables(settings: BaseModel, command: str) -> None:
+    """Logs the variables that look like settings and have no effect on the command."""
+    own = type(settings).model_fields
+    for text in without_effect(command, own, _others(command), os.environ):
         logger.warning("%s", text)
+    for text, _ in foreign(own, _given(settings), os.environ):
+        logger.warning("%s", text)
+
+
+def _given(settings: BaseModel) -> set[str]:
+    """The settings that are not at their defaults."""
+    return {name for name, field in type(settings).model_fields.items() if getattr(settings, name) != field.default}
 
 
 def _others(command: str) -> dict[str, frozenset[str]]:

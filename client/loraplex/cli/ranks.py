@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from loraplex.cli.restarts import Restarts
+from loraplex.cli.variables import is_setting
 from loraplex_protos.errors import UnavailableError
 from loraplex_shard.settings import ShardSettings
 
@@ -111,7 +112,7 @@ async def _start_shard(flags: list[str]) -> asyncio.subprocess.Process:
     # -P: a file of the current directory must not take the place of the module that has its name.
     command = [sys.executable, "-P", "-m", "loraplex.cli.main", "shard", *flags]
     # The flags are complete; the variables are the settings of this process.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
+    environment = {name: value for name, value in os.environ.items() if not is_setting(name)}
     # In a session of its own, so that Ctrl-C only reaches the router, which drains before it stops the shards.
     return await asyncio.create_subprocess_exec(
         *command, env=environment, start_new_session=True, preexec_fn=partial(_end_with_parent, os.getpid())

@@ -46,7 +46,7 @@ def serve(context: typer.Context) -> None:
 
     settings = parse(ServeSettings, context.args, "serve", SERVE_TEXT, positional="model")
     configure(settings.log_format)
-    warn_of_variables(ServeSettings, "serve")
+    warn_of_variables(settings, "serve")
     with _errors_shown():
         _run_on_uvloop(run(settings, console))
 
@@ -61,7 +61,7 @@ def router(context: typer.Context) -> None:
 
     settings = parse(RouterSettings, context.args, "router", ROUTER_TEXT)
     configure(settings.log_format)
-    warn_of_variables(RouterSettings, "router")
+    warn_of_variables(settings, "router")
 
     def ready(http_port: int, grpc_port: int, info: GetModelInfoResponse, adapters: list[str]) -> None:
         with suppress(OSError):  # its reader is gone, or the disk is full
@@ -88,7 +88,7 @@ def shard(context: typer.Context) -> None:
     if not alone:
         _leave_forks_alone()
     configure(node.log_format, rank=node.ranks[0] if alone and node.tp > 1 else None)
-    warn_of_variables(NodeSettings, "shard")
+    warn_of_variables(node, "shard")
     if not alone:
         _run_ranks(node)
         return

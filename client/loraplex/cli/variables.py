@@ -1,10 +1,11 @@
-"""LORAPLEX_* variables of the environment that are not settings of the command that reads them."""
+"""Variables of the environment that are not settings of the command that reads them: LORAPLEX_*, and those of other
+servers."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 
-from loraplex.cli.habits import FORMER, HABITS
+from loraplex.cli.habits import FORMER, HABITS, LLAMA_CPP, SERIOUS, VARIABLES, setting_of
 
 PREFIX = "LORAPLEX_"
 NOT_FOR_SERVICES = re.compile(PREFIX + "(SERVER|URL|TEST_.*)")  # for the client's commands and for tests
@@ -28,6 +29,28 @@ def former(own: Collection[str], environment: Mapping[str, str]) -> str | None:
         if environment.get(variable(setting)) and name in own:
             return f"{variable(setting)} is now {variable(name)}"
     return None
+
+
+def is_setting(name: str) -> bool:
+    """Whether it sets something here or in another server."""
+    return name.startswith((PREFIX, LLAMA_CPP)) or name in VARIABLES
+
+
+def foreign(own: Collection[str], given: Collection[str], environment: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
+    """What to say about each variable that other servers read, and whether the command should not start because of it.
+    `given`: the command's `own` settings that are set by their own names."""
+    for name, value in sorted(environment.items()):
+        flag = VARIABLES.get(name) or f"--{name.removeprefix(LLAMA_CPP).lower().replace('_', '-')}"
+        known = HABITS.get(flag, flag)
+        setting = setting_of(known)
+        if value.lower() in ("", "0", "false") or is_service_link(name, value) or setting in given:
+            continue
+        if is_setting(name) and not name.startswith(PREFIX):
+            if setting in own:
+                ours = re.sub("--([a-z-]+)", lambda found: variable(found[1].replace("-", "_")), known)
+                yield f"{name} has no effect; here it is {ours}", name in SERIOUS
+            elif not known.startswith("--") and known.removeprefix("the variable ") not in environment:
+                yield f"{name} has no effect; here it is {known}", False
 
 
 def without_effect(
