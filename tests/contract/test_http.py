@@ -168,6 +168,11 @@ def test_head_is_answered_like_get(server: Server):
         assert (found, body) == (status, b"")
 
 
+@pytest.mark.parametrize("path", ["//v1/models", "/v1//models", "/v1/models/", "//v1//models//"])
+def test_slashes_too_many_are_left_out(server: Server, path: str):
+    assert read(server, path) == read(server, "/v1/models")
+
+
 def test_pages_of_a_named_origin_may_send_requests_with_any_header_and_others_may_not(server: Server):
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
     url = server.url + "/v1/chat/completions"

@@ -54,7 +54,7 @@ async def endless(request: Request) -> StreamingResponse:
 @pytest.fixture
 async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
     """The address of a server that answers with the length of a body, and does not wait long."""
-    for name in ("HEADER_SECONDS", "READ_SECONDS", "REST_SECONDS"):
+    for name in ("HEADER_SECONDS", "IDLE_SECONDS", "READ_SECONDS", "REST_SECONDS"):
         monkeypatch.setattr(connection, name, 0.2)
     routes = (
         Route("/", count, methods=["POST"]),
@@ -99,6 +99,15 @@ async def test_a_body_within_the_limit_is_read(port: int):
 @pytest.mark.parametrize("begun", [b"", b"POST / HT", b"POST / HTTP/1.1\r\nhost: a\r\nx-a"])
 async def test_a_connection_without_a_request_is_closed(port: int, begun: bytes):
     assert await send(port, begun) == b""
+
+
+async def test_a_connection_without_a_second_request_is_closed(port: int):
+    kept = post(b"x").replace(b"connection: close\r\n", b"")
+    assert (await send(port, kept)).endswith(b"1")
+
+
+def test_connections_are_kept_for_longer_than_load_balancers_keep_theirs():
+    assert connection.IDLE_SECONDS > 600  # Google's, the longest of those that are common
 
 
 async def test_headers_without_an_end_are_refused(port: int):
@@ -150,6 +159,15 @@ async def test_bodies_that_are_too_large_together_are_refused():
     await limited(scope, receive_of(1), None)
 
 
+@pytest.mark.parametrize("at", [0, 1, 2, 10, 19, 20, 57, 58, 59])  # where the first part of the headers ends
+async def test_the_body_of_a_request_that_offers_http_2_is_read(port: int, at: int):
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAA\r\nUpgrade: h2c\r\n"  # Java's client
+    request = post(b"\nUpgrade: \n").replace(b"connection: close\r\n", offer)
+    at += request.index(b"\r\nUpgrade")
+    first, second = (await send(port, request[:at], request[at:] + post(b"xy"))).split(b"HTTP/1.1 200 OK")[1:]
+    assert first.endswith(b"\r\n\r\n11") and second.endswith(b"\r\n\r\n2")
+
+
 async def test_many_requests_before_an_answer_are_refused(port: int):
     one = post(b"x").replace(b"connection: close\r\n", b"")
     answer = await send(port, one * (MAX_PIPELINED - 1) + post(b"xx"))
@@ -187,3 +205,33 @@ async def test_a_grpc_client_that_does_not_read_is_given_up(monkeypatch: pytest.
             while await call.read():
                 pass
     await server.stop(0)
+
+
+async def test_a_draining_grpc_server_has_clients_connect_elsewhere_and_finishes_their_calls():
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(GenerationServiceServicer):
+        async def Generate(self, request, context):
+            begun.set()
+            await go_on.wait()
+            return pb.GenerateResponse()
+
+    first, second = GrpcServer(Slow(), LIMIT), GrpcServer(Slow(), LIMIT)
+    ports = [await server.start("127.0.0.1", 0) for server in (first, second)]
+    addresses = ",".join(f"127.0.0.1:{each}" for each in ports)
+    async with grpc.aio.insecure_channel(f"ipv4:{addresses}") as channel:
+        stub = GenerationServiceStub(channel)
+        running = asyncio.create_task(_status(stub.Generate(pb.GenerateRequest())))
+        await begun.wait()
+        await first.drain()
+        begun.clear()
+        another = asyncio.create_task(_status(stub.Generate(pb.GenerateRequest(), wait_for_ready=True)))
+        await begun.wait()  # by the second server: the first takes no more
+        go_on.set()
+        assert [await running, await another] == [grpc.StatusCode.OK] * 2
+    for server in (first, second):
+        await server.stop(0)
+
+
+async def _status(call: grpc.aio.UnaryUnaryCall) -> grpc.StatusCode:
+    return await call.code()

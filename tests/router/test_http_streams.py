@@ -204,6 +204,7 @@ async def test_a_draining_server_answers_503(setup: Setup, path: str):
     client = Client(setup, path, STREAMS[path])
     await client.run()
     assert client.status == 503
+    assert client.headers["connection"] == "close"  # the client's next connection may lead to another router
 
 
 async def test_a_prompt_that_cannot_be_admitted_ends_the_requests_other_prompts(setup: Setup):

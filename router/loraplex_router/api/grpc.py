@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -48,6 +49,8 @@ SERVER_OPTIONS = (
     ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a limit holds for a message as it arrives
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # Clients connect anew every ten minutes, without harm to calls in progress: only then do they look for new routers.
+    ("grpc.max_connection_age_ms", 600_000),
     ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a lottery
 )
 
@@ -244,10 +247,13 @@ class GrpcServer:
             await self._health.set(name, states.SERVING if healthy else states.NOT_SERVING)
 
     async def drain(self) -> None:
-        """Tells health checks that no more requests are wanted."""
+        """Takes no more calls: clients that are connected learn it, and connect to another server for the next one.
+        Those in progress continue until `stop`."""
         await self._health.enter_graceful_shutdown()
+        self._draining = asyncio.create_task(self._server.stop(math.inf))
 
     async def stop(self, grace: float) -> None:
+        """Ends calls in progress after `grace` seconds."""
         await self._server.stop(grace)
 
 

@@ -9,11 +9,13 @@ from fastapi_offline import FastAPIOffline
 
 from loraplex_router.api.http import admin, lorax, messages, openai, playground, scoring
 from loraplex_router.api.http.body_limit import BodyLimit
+from loraplex_router.api.http.draining import Draining
 from loraplex_router.api.http.face import face_of, install_faces
 from loraplex_router.api.http.foreign_pages import ForeignPages, is_loopback
 from loraplex_router.api.http.head_as_get import HeadAsGet
 from loraplex_router.api.http.invocations import Invocations
 from loraplex_router.api.http.rate_limits import RateLimits
+from loraplex_router.api.http.slashes import Slashes
 from loraplex_router.service.service import Service
 
 FACES = (lorax.FACE, *openai.FACES, messages.FACE, admin.FACE, *scoring.FACES, playground.FACE)
@@ -53,6 +55,8 @@ def create_app(
             loopback=is_loopback(host),
             refuse=lambda path, error: face_of(path, FACES).answer(error),
         )
+    app.add_middleware(Draining, service=service)
+    app.add_middleware(Slashes)
     app.state.service = service
     install_faces(app, FACES)
     return app

@@ -1,11 +1,16 @@
 """Uvicorn's HTTP connection, with limits that it lacks: on the time and size of a request's headers, on the rest of a
 body after its request was answered, on requests that are sent before the last one is answered, and on the time for
-which a client reads nothing of an answer."""
+which a client reads nothing of an answer. Offers to speak another protocol are ignored."""
 
 import asyncio
+import re
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+# Between two requests. Load balancers keep connections for up to ten minutes (Google's 600 s, nginx's and AWS's 60 s).
+# If the server closed one first, a request that was just being sent on it would be answered with a 502.
+IDLE_SECONDS = 620
 HEADER_SECONDS = 20.0  # from a connection's or a request's first byte to the end of its headers
 MAX_HEADERS = 2**16  # bytes, the URL included
 READ_SECONDS = 120.0  # without a byte read of an answer, before the client is given up
@@ -13,6 +18,9 @@ REST_SECONDS = 60.0  # for the rest of a body that nobody reads
 MAX_REST = 2**26  # bytes of it
 MAX_PIPELINED = 32  # requests; each is read as soon as it arrives, thousands within one part of the stream
 TOO_MANY = f"more than {MAX_PIPELINED} requests were sent before the first was answered"
+UPGRADE = b"upgrade:"
+OFFER = re.compile(rb"\n%b[^\n]*(?=\n)" % UPGRADE, re.IGNORECASE)
+END = b"\n\r\n"  # of a request's headers
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -23,6 +31,11 @@ class Connection(HttpToolsProtocol):
     _unread: asyncio.TimerHandle | None = None
     _in_headers = True
     _headers = _rest = 0  # bytes
+    _held = b""  # the beginning of a line that may be an offer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.timeout_keep_alive = IDLE_SECONDS
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -36,6 +49,7 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_headers:
             self._headers += len(data)
+            data = self._without_offer(data)
         elif self.cycle is not None and self.cycle.response_complete:
             self._rest += len(data)
         super().data_received(data)
@@ -44,6 +58,17 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         if self._rest > MAX_REST:
             self.transport.close()
+
+    def _without_offer(self, data: bytes) -> bytes:
+        """Java's HTTP client offers HTTP/2 with each request (Upgrade: h2c). The parser would leave out the request's
+        body, taking it for the other protocol's."""
+        headers, end, body = (self._held + data).partition(END)
+        self._held = b""
+        if not end and (line := headers.rfind(b"\n")) >= 0:
+            begun = headers[line + 1 :].lower()
+            if begun.startswith(UPGRADE) or UPGRADE.startswith(begun):
+                headers, self._held = headers[:line], headers[line:]
+        return OFFER.sub(b"", headers + end) + body
 
     def pause_writing(self) -> None:
         super().pause_writing()
