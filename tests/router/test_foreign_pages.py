@@ -75,6 +75,12 @@ async def test_a_foreign_page_may_not(headers: dict[str, str]) -> None:
     assert "--cors-origins" in json.loads(body)["error"]
 
 
+async def test_a_proxy_with_a_name_of_its_own_is_told_what_to_set() -> None:
+    status, body = await ask({"Host": "llm.example"})
+    assert status == 403 and "if a proxy sends them" in json.loads(body)["error"]
+    assert (await ask({"Host": "llm.example"}, "https://llm.example"))[0] == 200
+
+
 async def test_a_server_that_others_reach_is_called_by_any_name_but_not_by_foreign_pages() -> None:
     assert (await ask({"Host": "llm.example"}, host="0.0.0.0"))[0] == 200
     assert (await ask({"Host": "llm.example", "Origin": "https://evil.example"}, host="0.0.0.0"))[0] == 403

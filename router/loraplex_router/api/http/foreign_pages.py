@@ -33,18 +33,22 @@ class ForeignPages:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
-        if scope["type"] == "http" and (foreign := self._foreign(Headers(scope=scope))):
-            why = f"web pages of {quote(foreign)} may not call this server: start it with --cors-origins, or --api-keys"
+        if scope["type"] == "http" and (why := self._refusal(Headers(scope=scope))):
             app = self._refuse(scope["path"], ForbiddenError(why))
         await app(scope, receive, send)
 
-    def _foreign(self, headers: Headers) -> str:
-        """Where the page comes from. Empty if it may call, or if no page does."""
+    def _refusal(self, headers: Headers) -> str:
+        """Why a page may not call. Empty if it may, or if no page does."""
         host, origin = headers.get("host", ""), headers.get("origin", "")
         if origin and origin not in self._origins and origin.partition("://")[2] != host:
-            return origin
+            return f"web pages of {quote(origin)} may not call this server: start it with --cors-origins, or --api-keys"
         name = urlsplit(f"//{host}").hostname or ""
-        return host if self._loopback and not self._knows(name) else ""
+        if self._loopback and not self._knows(name):
+            return (
+                f"requests to {quote(host)} are not answered: if a proxy sends them, start the server with "
+                "--cors-origins https://HOST, or --api-keys"
+            )
+        return ""
 
     def _knows(self, host: str) -> bool:
         return "." not in host or host in self._hosts or host.split(".")[-1] in PRIVATE or is_address(host)
