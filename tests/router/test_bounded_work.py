@@ -12,7 +12,7 @@ from loraplex_protos.adapter_names import why_not
 from loraplex_router.api.http.face import build_routes
 from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs
 from loraplex_router.engine import fairness
-from loraplex_router.engine.output import Delta
+from loraplex_router.engine.delta import Delta
 from loraplex_router.text.model import read_model
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import WORD_SIZE, Sample

@@ -8,7 +8,7 @@ from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import InvalidRequestError
 from loraplex_router.api.chats import create_reader, read_chat, read_parts
 from loraplex_router.api.translation import read_request
-from loraplex_router.engine.output import Delta
+from loraplex_router.engine.delta import Delta
 from loraplex_router.vocabulary.chat import Chat
 from loraplex_router.vocabulary.sequence import FinishReason
 from loraplex_router.vocabulary.thoughts import Thoughts

@@ -24,7 +24,8 @@ from loraplex_router.adapters.registry import Registry
 from loraplex_router.adapters.registry_file import RegistryFile
 from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.api.http.app import create_app
-from loraplex_router.engine.output import Delta, Generation
+from loraplex_router.engine.delta import Delta
+from loraplex_router.engine.generation import Generation
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Limits
 from loraplex_router.journal.journal import Journal

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_router.api.calls import AnswerReader
-from loraplex_router.engine.output import Delta
+from loraplex_router.engine.delta import Delta
 from loraplex_router.text.reasoning import HARMONY, Reasoning
 from loraplex_router.text.tool_calls import Arguments, ToolCall
 from loraplex_router.vocabulary.sequence import FinishReason

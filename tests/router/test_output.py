@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_router.engine.output import Delta, SequenceOutput
+from loraplex_router.engine.delta import Delta
+from loraplex_router.engine.output import SequenceOutput
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.sequence import FinishReason, Sample, Sequence

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loraplex_router.api.http.openai.chat import read_chat
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.settings import EdgeSettings
 from loraplex_router.text.reasoning import AUTO, FAMILIES, NONE, Reasoning, ReasoningParser, find_thoughts
 from loraplex_router.text.renderer import Renderer

@@ -14,7 +14,7 @@ from loraplex_protos.errors import (
 )
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.api.readers import read_each
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.sequence import Detail, FinishReason

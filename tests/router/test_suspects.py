@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loraplex_protos.errors import GenerationError, LoraplexError, UnavailableError
 from loraplex_router.api.http.app import FACES
 from loraplex_router.api.http.face import face_of
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.engine.suspects import CONVICTING_FAILURES, CONVICTING_LOSSES, Loss, acquit
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.vocabulary.adapter import Adapter

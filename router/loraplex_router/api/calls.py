@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from loraplex_router.engine.output import Delta
+from loraplex_router.engine.delta import Delta
 from loraplex_router.text.harmony import HarmonyParser
 from loraplex_router.text.reasoning import HARMONY, Reasoning, ReasoningParser
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall, ToolCallParser

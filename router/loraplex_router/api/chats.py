@@ -8,7 +8,7 @@ from typing import Any
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
 from loraplex_router.api.calls import MAX_TOOLS, TOOL_NAME, AnswerReader, DeclaredTool, forced_calls
-from loraplex_router.engine.output import Delta
+from loraplex_router.engine.delta import Delta
 from loraplex_router.text.json_limits import parse
 from loraplex_router.text.reasoning import Reasoning
 from loraplex_router.text.tool_calls import Arguments, ToolCall

@@ -34,7 +34,7 @@ from loraplex_router.api.readers import read_each
 from loraplex_router.api.translation import Writer, read_adapter_name, read_reference, read_request, read_targets
 from loraplex_router.api.turns import in_turn
 from loraplex_router.api.uploads import read_announcement, read_data, receive, split
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.replicas.listing import AT_A_TIME
 from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.request import Request

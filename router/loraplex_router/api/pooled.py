@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_router.api.translation import read_adapter, read_prompt
-from loraplex_router.engine.output import Classification, Embedding
 from loraplex_router.text.tokenizer import Spans, TokenSpan
 from loraplex_router.vocabulary.classification import best, by_token, scores
+from loraplex_router.vocabulary.pooled import Classification, Embedding
 from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest
 
 

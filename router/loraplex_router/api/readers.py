@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TypeAlias
 
-from loraplex_router.engine.output import Delta, Generation
+from loraplex_router.engine.delta import Delta
+from loraplex_router.engine.generation import Generation
 
 Deltas: TypeAlias = AsyncIterator[tuple[int, Delta]]  # with the index of the answer that each is of
 Read: TypeAlias = Callable[[Generation], Deltas]

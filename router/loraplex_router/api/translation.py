@@ -7,7 +7,9 @@ from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.api.calls import AnswerReader
 from loraplex_router.api.chats import read_chat, read_parts, read_tool_choice, separates
-from loraplex_router.engine.output import Delta, Generation, SequenceOutput
+from loraplex_router.engine.delta import Delta
+from loraplex_router.engine.generation import Generation
+from loraplex_router.engine.output import SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.chat import Chat

@@ -25,8 +25,9 @@ from loraplex_protos.errors import (
     UnavailableError,
 )
 from loraplex_router.engine.changes import Changes
+from loraplex_router.engine.generation import Generation
 from loraplex_router.engine.observer import EngineObserver
-from loraplex_router.engine.output import Generation, SequenceOutput
+from loraplex_router.engine.output import SequenceOutput
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Scheduler
 from loraplex_router.engine.suspects import Loss

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.vocabulary.sequence import Plan, Sequence
 
 

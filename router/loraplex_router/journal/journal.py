@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from loraplex_protos.errors import UnavailableError
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.journal.records import Record, encode_tokens
 from loraplex_router.journal.stores import Store
 

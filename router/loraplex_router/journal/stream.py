@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, RequestNotFoundError
 from loraplex_router.access.tenant import Tenant
-from loraplex_router.engine.output import Delta, Generation, SequenceOutput
+from loraplex_router.engine.delta import Delta
+from loraplex_router.engine.generation import Generation
+from loraplex_router.engine.output import SequenceOutput
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.records import MAX_SEQUENCES, Record, Saved, decode, fingerprint
 from loraplex_router.vocabulary.position import Position, Reached, checksum

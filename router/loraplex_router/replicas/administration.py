@@ -15,7 +15,7 @@ from loraplex_protos.errors import (
 )
 from loraplex_router.adapters.registry import AT, Registry
 from loraplex_router.adapters.resolutions import Entry, Resolutions
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.replicas.listing import Listing, holders_of, shown
 from loraplex_router.replicas.pins import Pins
 from loraplex_router.replicas.prefetching import Prefetching

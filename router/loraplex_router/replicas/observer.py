@@ -2,8 +2,8 @@
 
 from typing import Protocol
 
+from loraplex_router.engine.generation import Generation
 from loraplex_router.engine.observer import EngineObserver
-from loraplex_router.engine.output import Generation
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.wire.shards import ShardsObserver
 

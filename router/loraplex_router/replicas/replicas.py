@@ -21,7 +21,7 @@ from loraplex_protos.errors import (
     UnavailableError,
 )
 from loraplex_router.engine.changes import Changes
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.engine.suspects import acquit
 from loraplex_router.replicas.observer import Observer
 from loraplex_router.replicas.placement import choose

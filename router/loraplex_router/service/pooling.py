@@ -7,12 +7,13 @@ from dataclasses import replace
 
 from loraplex_protos.errors import RequestCancelledError
 from loraplex_router.access.keys import Keys
-from loraplex_router.engine.output import Classification, Embedding, Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.service.requests import Requests
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.model import Model
 from loraplex_router.text.tokenizer import TokenSpan
 from loraplex_router.vocabulary.checks import check_embed_request
+from loraplex_router.vocabulary.pooled import Classification, Embedding
 from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest, Prompt
 from loraplex_router.vocabulary.sequence import FinishReason
 from loraplex_router.vocabulary.volume import Volume

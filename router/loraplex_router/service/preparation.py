@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from loraplex_protos.errors import AdapterConflictError, AdapterError, FieldViolation, InvalidRequestError, quote
 from loraplex_router.access.tenant import Tenant
 from loraplex_router.adapters.suggestions import Suggestions
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.journal.records import Saved
 from loraplex_router.replicas.replicas import Lease, Replicas
 from loraplex_router.service.abilities import check_adapter_fits

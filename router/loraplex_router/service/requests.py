@@ -12,7 +12,7 @@ from loraplex_protos.errors import FieldViolation, InvalidRequestError, RequestN
 from loraplex_router.access.shared_limits import SharedLimits
 from loraplex_router.access.tenant import Tenant, Visit
 from loraplex_router.adapters.registry import Registry
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.records import Saved
 from loraplex_router.journal.stream import Stream

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.access.tenant import Tenant, Visit
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 
 
 @dataclass(slots=True)

@@ -7,10 +7,10 @@ from operator import mul
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_protos.generation_pb2 import Classifier
-from loraplex_router.engine.output import Classification, Embedding
 from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.chat import TextPair
 from loraplex_router.vocabulary.classification import scores
+from loraplex_router.vocabulary.pooled import Classification, Embedding
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest
 

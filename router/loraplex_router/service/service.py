@@ -16,7 +16,7 @@ from loraplex_router.access.keys import Keys
 from loraplex_router.access.shared_limits import SharedLimits
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.batches.folder import BatchFolder
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.stream import Stream
 from loraplex_router.replicas.administration import Administration

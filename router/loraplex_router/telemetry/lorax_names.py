@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from loraplex_protos import errors
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.telemetry.state import ReplicaState, Snapshot
 
 SECONDS = tuple(0.00015 * 1.5**n for n in range(35))

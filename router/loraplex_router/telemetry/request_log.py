@@ -6,7 +6,7 @@ Each record has its values in `fields`, which the log format writes as JSON or t
 import logging
 
 from loraplex_protos.errors import MAX_QUOTED
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.vocabulary.adapter import BASE_NAME
 from loraplex_router.vocabulary.checks import MAX_ADAPTERS
 from loraplex_router.vocabulary.references import ids_of

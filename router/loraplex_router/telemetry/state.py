@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from loraplex_router.engine.blocks import BlockAllocator
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Scheduler
 from loraplex_router.telemetry.labels import AdapterLabels

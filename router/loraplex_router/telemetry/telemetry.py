@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import LoraplexError
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.telemetry.gateway import GatewayNames
 from loraplex_router.telemetry.labels import OTHER, AdapterLabels
 from loraplex_router.telemetry.lorax_names import LoraxMetrics

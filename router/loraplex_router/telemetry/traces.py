@@ -12,7 +12,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
 from loraplex_protos.tracing import W3C, nanoseconds
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.vocabulary.request import EmbedRequest, Request
 from loraplex_router.vocabulary.sequence import Plan, Sequence
 

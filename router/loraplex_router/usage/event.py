@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 
 LOST = "lost"  # with its router
 

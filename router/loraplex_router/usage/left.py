@@ -4,7 +4,7 @@ import time
 
 import orjson
 
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.journal.records import read_progress
 from loraplex_router.usage.event import LOST, UsageEvent, Used, event_of, used_by
 from loraplex_router.usage.ledger import Entry, Lost

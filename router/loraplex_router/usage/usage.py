@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from loraplex_protos.errors import UnavailableError
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.usage import left
 from loraplex_router.usage.event import Counted, UsageEvent, Used, event_of, used_by
 from loraplex_router.usage.ledger import MOST_DAYS, Entry, Ledger, MemoryLedger, today

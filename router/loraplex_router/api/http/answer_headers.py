@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from urllib.parse import quote
 
-from loraplex_router.engine.output import Classification, Embedding, Generation
+from loraplex_router.engine.generation import Generation
+from loraplex_router.vocabulary.pooled import Classification, Embedding
 
 
 def answer_headers(answers: Iterable[Generation | Embedding | Classification], request_id: str) -> dict[str, str]:

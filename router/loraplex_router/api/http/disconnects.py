@@ -8,7 +8,8 @@ from typing import TypeVar
 from starlette.types import Receive
 
 from loraplex_protos.errors import RequestCancelledError
-from loraplex_router.engine.output import Delta, Generation
+from loraplex_router.engine.delta import Delta
+from loraplex_router.engine.generation import Generation
 from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.sequence import FinishReason
 

@@ -12,7 +12,8 @@ from loraplex_protos.errors import LoraplexError
 from loraplex_router.api.http.disconnects import read, while_connected
 from loraplex_router.api.http.errors import internal_error
 from loraplex_router.api.readers import Deltas, read_each
-from loraplex_router.engine.output import Delta, Generation
+from loraplex_router.engine.delta import Delta
+from loraplex_router.engine.generation import Generation
 from loraplex_router.journal.stream import Stream
 from loraplex_router.service.service import Service
 

@@ -25,9 +25,9 @@ from loraplex_router.api.http.model_names import answered_name, read_model_name
 from loraplex_router.api.http.openai_errors import ERRORS, OpenaiError, write_error
 from loraplex_router.api.http.unknown_fields import OpenBody, unknown_fields
 from loraplex_router.api.turns import in_turn
-from loraplex_router.engine.output import Classification
 from loraplex_router.text.tokenizer import TokenSpan
 from loraplex_router.vocabulary.classification import LabelledToken, best, by_token, group_entities, scores
+from loraplex_router.vocabulary.pooled import Classification
 from loraplex_router.vocabulary.request import ClassifyRequest, Prompt
 from loraplex_router.vocabulary.violations import Violations
 

@@ -9,7 +9,9 @@ from urllib.parse import quote
 from loraplex_router.api.http.sse import event
 from loraplex_router.api.readers import Deltas
 from loraplex_router.api.turns import in_turn
-from loraplex_router.engine.output import Delta, Generation, SequenceOutput
+from loraplex_router.engine.delta import Delta
+from loraplex_router.engine.generation import Generation
+from loraplex_router.engine.output import SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 from loraplex_router.vocabulary.sequence import FinishReason, Sample

@@ -9,7 +9,8 @@ from loraplex_router.api.http.messages.reading import create_reader
 from loraplex_router.api.http.messages.schema import MessagesBody
 from loraplex_router.api.http.sse import named_event
 from loraplex_router.api.readers import Deltas
-from loraplex_router.engine.output import Delta, Generation
+from loraplex_router.engine.delta import Delta
+from loraplex_router.engine.generation import Generation
 from loraplex_router.text.reasoning import Reasoning
 from loraplex_router.text.tool_calls import Arguments, ToolCall
 from loraplex_router.vocabulary.sequence import FinishReason

@@ -23,7 +23,9 @@ from loraplex_router.api.http.openai.writing import (
 from loraplex_router.api.http.sse import DONE, event
 from loraplex_router.api.readers import Deltas
 from loraplex_router.api.turns import in_turn
-from loraplex_router.engine.output import Delta, Generation, SequenceOutput
+from loraplex_router.engine.delta import Delta
+from loraplex_router.engine.generation import Generation
+from loraplex_router.engine.output import SequenceOutput
 from loraplex_router.text.reasoning import Reasoning
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.text.tool_calls import Arguments, Piece, ToolCall

@@ -22,7 +22,7 @@ from loraplex_router.api.http.json_list import write_data
 from loraplex_router.api.http.model_names import answered_name, read_model_name
 from loraplex_router.api.http.openai_errors import ERRORS
 from loraplex_router.api.http.unknown_fields import OpenBody, unknown_fields
-from loraplex_router.engine.output import Embedding
+from loraplex_router.vocabulary.pooled import Embedding
 from loraplex_router.vocabulary.request import EmbedRequest
 from loraplex_router.vocabulary.violations import Violations
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import orjson
 
-from loraplex_router.engine.output import Delta, SequenceOutput
+from loraplex_router.engine.delta import Delta
+from loraplex_router.engine.output import SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.sequence import Alternatives, FinishReason, Sample
 

@@ -17,7 +17,7 @@ from loraplex_router.api.http.openai.tools import with_tools
 from loraplex_router.api.http.openai_errors import ERRORS, write_error
 from loraplex_router.api.http.sse import EventStream, describe_events
 from loraplex_router.api.turns import in_turn
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.journal.stream import Stream
 
 EVENTS = describe_events("A chunk. The last event is [DONE]. There may be comments between events.")

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from loraplex_router.api.http.openai.schema import GenerationRequest, StreamOptions
-from loraplex_router.engine.output import Delta, Generation, SequenceOutput
+from loraplex_router.engine.delta import Delta
+from loraplex_router.engine.generation import Generation
+from loraplex_router.engine.output import SequenceOutput
 from loraplex_router.vocabulary.references import asked_of
 from loraplex_router.vocabulary.sequence import FinishReason
 
