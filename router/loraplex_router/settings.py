@@ -97,7 +97,7 @@ class EdgeSettings(BaseModel):
     metrics_auth: Literal["names", "all", "none"] = Field(
         "names",
         description="With API keys, what GET /metrics shows to administrators' keys alone. names: the names of adapters"
-        " and tenants, which others see added up as `other`. all: everything. none: nothing.",
+        " and tenants, which others see added up as `[other]`. all: everything. none: nothing.",
     )
     adapter_prefetch_gib: float = Field(
         4.0,
@@ -120,7 +120,7 @@ class EdgeSettings(BaseModel):
         8.0, gt=0, description="Room for the files in --batches, inputs and outputs together, in GiB."
     )
     metrics_adapters: int = Field(
-        100, ge=0, le=10_000, description="Adapters with their own time series; the others share the label `other`."
+        100, ge=0, le=10_000, description="Adapters with their own time series; the others share the label `[other]`."
     )
     lorax_metrics: bool = Field(False, description="Also export LoRAX's metrics under LoRAX's names.")
     gateway_metrics: bool = Field(

@@ -95,9 +95,9 @@ def prometheus(server: tuple[Server, int], tmp_path_factory: pytest.TempPathFact
 
 
 def test_prometheus_has_the_requests_and_tokens_by_adapter(prometheus: Prometheus):
-    assert prometheus.value('loraplex_requests_total{adapter="base"}') == REQUESTS / 3
+    assert prometheus.value('loraplex_requests_total{adapter="[base]"}') == REQUESTS / 3
     assert prometheus.value("sum(loraplex_requests_total)") == REQUESTS
-    assert prometheus.value('loraplex_requests_total{adapter="other"}') == REQUESTS / 3  # two have their own series
+    assert prometheus.value('loraplex_requests_total{adapter="[other]"}') == REQUESTS / 3  # two have their own series
     assert prometheus.value("loraplex_generated_tokens_total") >= REQUESTS * TOKENS
     assert prometheus.value("sum(loraplex_adapter_generated_tokens_total)") == REQUESTS * TOKENS
     assert prometheus.value("lorax_request_count") == REQUESTS
@@ -142,7 +142,7 @@ def test_top_shows_the_server(server: tuple[Server, int], prometheus: Prometheus
     router, _ = server
     done = run("top", "--once", "--interval", "0.2", "--url", router.url)
     assert done.returncode == 0, done.stderr
-    for text in ("running 0", "2/64", "base"):
+    for text in ("running 0", "2/64", "[base]"):
         assert text in done.stdout
     # Two rows have names: the base, and the adapter that was requested first.
     assert ("sql" in done.stdout) != ("sentiment" in done.stdout)
@@ -153,6 +153,6 @@ def test_each_request_has_a_line_of_json(server: tuple[Server, int], prometheus:
     lines = [json.loads(line) for line in router.log.splitlines() if line.startswith("{")]
     requests = [line for line in lines if line["message"] == "request"]
     assert len(requests) == REQUESTS
-    assert {line["adapter"] for line in requests} == {"base", "sql", "sentiment"}
+    assert {line["adapter"] for line in requests} == {"[base]", "sql", "sentiment"}
     assert all(line["generated_tokens"] == TOKENS and "prompt" not in line for line in requests)
     assert sum(line["message"] == "adapter staged" for line in lines) == 2

@@ -229,6 +229,8 @@ def test_a_key_file_is_yaml_or_json(tmp_path: Path) -> None:
         ("tenants: {}", "tenants: "),
         ("tenants: {acme: {}}", "tenants.acme.keys: Field required"),
         ("tenants: {acme: {keys: [SECRET]}}", "tenants.acme.keys.0: "),
+        (YAML.replace("acme:", '"":'), "a tenant's name has 1 to 128 printable characters"),  # shown as of no tenant
+        (YAML.replace("acme:", '"[other]":'), "a tenant's name has 1 to 128 printable characters"),
         (YAML.replace("max_requests", "max_request"), "tenants.acme.max_request: "),
         (YAML.replace("60000", "0"), "tenants.acme.tokens_per_minute: "),
         (YAML.replace("tokens_per_minute: 60000", "kv_share: 1.5"), "tenants.acme.kv_share: "),

@@ -139,7 +139,7 @@ async def test_a_lost_replicas_requests_fail_if_no_replacement_is_ready_in_time(
         await generation.collect()
     cluster.service.requests.close(generation)
     assert cluster.service.requests.idle
-    labels = {"outcome": "unavailable", "adapter": "base"}
+    labels = {"outcome": "unavailable", "adapter": "[base]"}
     assert cluster.telemetry.registry.get_sample_value("loraplex_requests_total", labels) == 1
 
 

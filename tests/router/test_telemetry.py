@@ -1,9 +1,11 @@
 """What the router counts, under which labels, and what it logs about requests."""
 
 import asyncio
+import json
 import logging
 import subprocess
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
@@ -11,14 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraplex_protos.adapter_names import is_id
 from loraplex_protos.errors import AdapterNotFoundError, ForbiddenError, InvalidRequestError, UnauthenticatedError
 from loraplex_router.access.keys import TenantSettings
-from loraplex_router.telemetry.labels import OTHER, AdapterLabels
+from loraplex_router.telemetry.labels import AdapterLabels
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.usage.event import Used
+from loraplex_router.vocabulary.adapter import BASE_NAME, OTHER
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
 from tests.router.test_engine import Setup
+from tests.router.test_http_streams import Client
 from tests.router.test_keys import hashed
 from tests.router.test_text import TOKENIZER
 from tests.tools import needs_promtool
@@ -48,13 +53,36 @@ async def test_requests_are_counted_by_outcome_and_adapter(setup: Setup):
     with pytest.raises(InvalidRequestError):
         await setup.answer(1, tokens=0)
     value = await reader(setup)
-    assert value("loraplex_requests_total", outcome="finished", adapter="base") == 2
+    assert value("loraplex_requests_total", outcome="finished", adapter="[base]") == 2
     assert value("loraplex_requests_total", outcome="finished", adapter="a") == 1
     assert value("loraplex_requests_total", outcome=AdapterNotFoundError.error_type, adapter=OTHER) == 1
     assert value("loraplex_requests_total", outcome=InvalidRequestError.error_type, adapter=OTHER) == 1
     assert value("lorax_request_count") == 5
     assert value("lorax_request_success") == 3
     assert value("lorax_request_failure", err="validation") == 1
+
+
+async def test_adapters_called_base_and_other_share_nothing_with_what_is_shown_for_no_adapter(setup: Setup):
+    told: list[dict[str, object]] = []
+    setup.telemetry.usage.sinks.append(told.append)
+    names = [None, "base", "other", "merged"]
+    for count, name in enumerate(names, 1):
+        await asyncio.gather(*(setup.answer(1, adapter=name) for _ in range(count)))
+    with pytest.raises(AdapterNotFoundError):
+        await setup.answer(1, adapter="absent")
+    client = Client(setup, "/usage")
+    await client.run()
+    used = json.loads("".join(client.bodies))["usage"]
+    requests = {"[base]": 1, "base": 2, "other": 3, "merged": 4}
+    assert {(each["tenant"], each["adapter"]): each["requests"] for each in used} == {
+        (None, name): count for name, count in requests.items()
+    }
+    assert Counter(event["adapter"] for event in told) == requests
+    value = await reader(setup)
+    for name, count in requests.items():
+        assert value("loraplex_requests_total", outcome="finished", adapter=name) == count
+    assert value("loraplex_requests_total", outcome=AdapterNotFoundError.error_type, adapter="[other]") == 1
+    assert not any(map(is_id, (BASE_NAME, OTHER)))
 
 
 @pytest.fixture
@@ -80,9 +108,9 @@ async def test_only_administrators_see_the_names_of_adapters(guarded: Setup):
     for key in (None, "acme"):
         text = (await guarded.service.scrape(key)).decode()
         assert "acme" not in text
-        assert 'loraplex_requests_total{adapter="other",outcome="finished"} 4.0' in text
-        assert 'loraplex_requests_total{adapter="base",outcome="finished"} 2.0' in text
-        assert 'loraplex_queue_wait_seconds_bucket{adapter="other",le="+Inf"} 4.0' in text
+        assert 'loraplex_requests_total{adapter="[other]",outcome="finished"} 4.0' in text
+        assert 'loraplex_requests_total{adapter="[base]",outcome="finished"} 2.0' in text
+        assert 'loraplex_queue_wait_seconds_bucket{adapter="[other]",le="+Inf"} 4.0' in text
         assert len(text.splitlines()) < len(named.splitlines())
     with pytest.raises(UnauthenticatedError):
         await guarded.service.scrape("wrong")
@@ -95,13 +123,13 @@ async def test_tenants_see_their_own_usage_and_administrators_see_everybodys(gua
     guarded.service.requests.close(generation)
     left = await guarded.service.generate(request, "acme")
     guarded.service.requests.close(left)  # before it ran
-    of_acme = [("acme", adapter, Used(2, 2, 0, 4)) for adapter in ("acme/other", "acme/secret", "base")]
+    of_acme = [("acme", adapter, Used(2, 2, 0, 4)) for adapter in ("[base]", "acme/other", "acme/secret")]
     assert (await guarded.service.usage("acme"))[1] == of_acme
-    assert (await guarded.service.usage("operator"))[1] == [*of_acme, ("operator", "base", Used(1, 3, 0, 4))]
+    assert (await guarded.service.usage("operator"))[1] == [*of_acme, ("operator", "[base]", Used(1, 3, 0, 4))]
     text = (await guarded.service.scrape("operator")).decode()
     assert 'loraplex_tenant_requests_total{tenant="acme"} 6.0' in text
     assert 'loraplex_tenant_generated_tokens_total{tenant="operator"} 4.0' in text
-    assert b'loraplex_tenant_prompt_tokens_total{tenant="other"} 9.0' in await guarded.service.scrape()
+    assert b'loraplex_tenant_prompt_tokens_total{tenant="[other]"} 9.0' in await guarded.service.scrape()
 
 
 async def test_metrics_may_be_for_administrators_alone_or_for_everybody(guarded: Setup):
@@ -268,4 +296,6 @@ def test_labels_are_short_and_printable():
     labels = AdapterLabels(1, lambda _: None)
     label = labels.count("a\n\ud800" + "x" * 1000)
     assert label.startswith("a??xx") and len(label) == 128
+    alike = AdapterLabels(2, lambda _: None)
+    assert len({alike.count("x" * 200 + end) for end in "ab"}) == 2
     label.encode()

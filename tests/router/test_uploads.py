@@ -142,7 +142,7 @@ async def test_nothing_is_left_of_a_thousand_swaps(cluster: Cluster, monkeypatch
     assert (
         len([status for status in (await cluster.administration.listing.page()).adapters if "policy" in status.id]) == 2
     )
-    assert list(cluster.telemetry._labels) == ["base", "policy"]
+    assert list(cluster.telemetry._labels) == ["[base]", "policy"]
 
 
 async def test_the_same_bytes_again_are_a_version_that_shares_the_memory(cluster: Cluster):

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_router.access.followed_file import FollowedFile
@@ -29,15 +30,29 @@ from loraplex_router.access.strict_yaml import DuplicateKeyError, describe, read
 
 logger = logging.getLogger(__name__)
 
+MAX_NAME = 128  # characters of a tenant's name
+
 
 class KeyFileError(LoraplexError):
     """The key file cannot be used. The message says where the fault is, and shows nothing that may be a key."""
 
 
+def _check_name(name: str) -> str:
+    """Where tenants are shown, no name stands for everyone on a server without keys, and one in brackets for several:
+    neither may be a tenant's own. Lines of logs and labels of metrics have the name as it is."""
+    if not name.strip() or name != name.strip() or not name.isprintable() or "[" in name or len(name) > MAX_NAME:
+        rule = f"1 to {MAX_NAME} printable characters other than [, without a space at the beginning or end"
+        raise PydanticCustomError("tenant_name", "a tenant's name has {rule}", {"rule": rule})
+    return name
+
+
+TenantName = Annotated[str, AfterValidator(_check_name)]
+
+
 class _KeyFile(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    tenants: Annotated[dict[str, TenantSettings], Field(min_length=1)]
+    tenants: Annotated[dict[TenantName, TenantSettings], Field(min_length=1)]
 
 
 class KeyFile:

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 
 from loraplex_protos.errors import AdapterPinsError, OverloadedError
-from loraplex_router.vocabulary.adapter import BASE_NAME, Adapter, StagedAdapter
+from loraplex_router.vocabulary.adapter import Adapter, StagedAdapter
 
 
 class AdapterPool:
@@ -21,7 +21,7 @@ class AdapterPool:
         """`host_bytes` are over all ranks; `device_bytes` are each rank's, 0 if the slots are the only limit there."""
         self.slots = slots
         self.device_bytes = device_bytes or sys.maxsize
-        self.base = Adapter("", slot=0, ready=True, names={BASE_NAME})
+        self.base = Adapter("", slot=0, ready=True)
         self._host_bytes = host_bytes
         self._room = self.device_bytes  # less for a while after the device had less
         self._staged: OrderedDict[str, Adapter] = OrderedDict()

@@ -6,9 +6,12 @@ once it has more than twice as many requests; the factor keeps names from swappi
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 
-OTHER = "other"  # the label of all adapters without their own series
+from loraplex_router.vocabulary.adapter import OTHER
+
 MAX_LENGTH = 128  # of a label; hub ids have 96 at most
+MARK = 16  # characters that tell apart what begins alike
 CANDIDATES = 10  # names counted without a series, per name with one
 HALF_LIFE = 4096  # requests
 
@@ -65,5 +68,9 @@ class AdapterLabels:
 
 
 def _printable(name: str) -> str:
-    """Clients' text may contain anything, even lone surrogates, which UTF-8 cannot encode."""
-    return "".join(c if c.isprintable() else "?" for c in name[:MAX_LENGTH])
+    """Clients' text may contain anything, even lone surrogates, which UTF-8 cannot encode. If a name is too long or not
+    printable, its label ends with a hash, so that no two names have one label."""
+    label = "".join(c if c.isprintable() else "?" for c in name[:MAX_LENGTH])
+    if label == name:
+        return label
+    return f"{label[: MAX_LENGTH - MARK - 1]}~{sha256(name.encode(errors='surrogatepass')).hexdigest()[:MARK]}"

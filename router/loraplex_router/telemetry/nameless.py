@@ -8,8 +8,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from loraplex_router.telemetry.labels import OTHER
-from loraplex_router.vocabulary.adapter import BASE_NAME
+from loraplex_router.vocabulary.adapter import BASE_NAME, OTHER
 
 # What stands for a name in each label that has names.
 STAND_INS = {"adapter": OTHER, "tenant": OTHER, "running_lora_adapters": "", "waiting_lora_adapters": ""}

@@ -17,13 +17,14 @@ from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import LoraplexError
 from loraplex_router.engine.generation import Generation
 from loraplex_router.telemetry.gateway import GatewayNames
-from loraplex_router.telemetry.labels import OTHER, AdapterLabels
+from loraplex_router.telemetry.labels import AdapterLabels
 from loraplex_router.telemetry.lorax_names import LoraxMetrics
 from loraplex_router.telemetry.metrics import Metrics
 from loraplex_router.telemetry.nameless import Nameless
 from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.telemetry.state import ReplicaState, Snapshot, State
 from loraplex_router.usage.usage import Usage
+from loraplex_router.vocabulary.adapter import OTHER
 from loraplex_router.vocabulary.request import EmbedRequest, Request
 from loraplex_router.vocabulary.sequence import FinishReason, Plan, Sequence
 

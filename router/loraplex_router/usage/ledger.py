@@ -8,11 +8,11 @@ from datetime import UTC, date, datetime
 from typing import Protocol
 
 from loraplex_router.usage.event import Counted, Used
+from loraplex_router.vocabulary.adapter import OTHER
 
 MOST_ADAPTERS = 10_000  # of all tenants, counted by name in a day; the others share one entry
 MOST_ACCOUNTS = 10_000
 MOST_DAYS = 400
-OTHER = "other"
 
 Totals = dict[tuple[str, str], Used]  # by tenant and adapter
 

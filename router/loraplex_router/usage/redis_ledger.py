@@ -10,7 +10,8 @@ import orjson
 from loraplex_router.journal.redis_store import STREAM, open_streams
 from loraplex_router.store.redis_server import PREFIX, Command, RedisServer
 from loraplex_router.usage.event import Counted, Used
-from loraplex_router.usage.ledger import MOST_ADAPTERS, MOST_DAYS, OTHER, Entry, Lost, Running, Totals, add_up, today
+from loraplex_router.usage.ledger import MOST_ADAPTERS, MOST_DAYS, Entry, Lost, Running, Totals, add_up, today
+from loraplex_router.vocabulary.adapter import OTHER
 
 LEASE_SECONDS = 5.0  # without a sign of life, after which a router has died
 STREAM_SECONDS = 86400  # how long it is known what is counted of a stream

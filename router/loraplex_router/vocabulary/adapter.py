@@ -9,7 +9,10 @@ from enum import IntEnum
 from loraplex_protos.generation_pb2 import Classifier
 from loraplex_router.vocabulary.chat import AdapterTokenizer
 
-BASE_NAME = "base"  # shown for the base model, where adapters are shown
+# What is shown where adapters are shown: for the base model, and for adapters that share a place. No adapter can have a
+# name in brackets (adapter_names.py), so the usage of one called "base" is its own.
+BASE_NAME = "[base]"
+OTHER = "[other]"
 # On /v1, the base model has these names besides its own: Hugging Face's clients are given a server and no model.
 OTHER_BASE_NAMES = ("tgi", "dummy")
 NEVER = sys.maxsize  # from no position on

@@ -128,7 +128,7 @@ class StreamResponse(BaseModel):
 
 class Used(BaseModel):
     tenant: str | None = Field(description="null if the server has no API keys")
-    adapter: str = Field(description="`base` for the base model")
+    adapter: str = Field(description="`[base]` for the base model, `[other]` for adapters beyond 10,000 in a day")
     requests: int
     prompt_tokens: int
     cached_tokens: int = Field(description="of these, found in the prefix cache")
