@@ -85,6 +85,9 @@ class UnauthenticatedError(LoraplexError):
 
 
 class ForbiddenError(LoraplexError):
+    """`field`: what of the request is not allowed, if it is one field."""
+
+    field = ""
     error_type = "forbidden"
     grpc_status = grpc.StatusCode.PERMISSION_DENIED
     http_status = 403
@@ -109,7 +112,9 @@ class BatchNotFoundError(LoraplexError):
 
 
 class AdapterError(LoraplexError):
-    """Base of all errors about an adapter."""
+    """Base of all errors about an adapter. `field` is the request's that names it."""
+
+    field = "adapter.id"
 
 
 class AdapterNotFoundError(AdapterError):

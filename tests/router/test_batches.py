@@ -286,6 +286,36 @@ async def test_files_have_limits_and_are_deleted_unless_a_batch_needs_them(tmp_p
     assert not list(tmp_path.glob(f"*/files/{batch.input_file_id}"))
 
 
+async def test_files_and_batches_are_limited_in_number_size_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, package = World(tmp_path), "loraplex_router.batches"
+    client, routes = world.client(), "loraplex_router.api.http.openai.batches.routes"
+    for name, most in {
+        f"{package}.folder.MOST_FILES": 2,
+        f"{package}.folder.MOST_BATCHES": 1,
+        f"{package}.reading.MOST_LINES": 1,
+        f"{routes}.MOST_BYTES": 5000,
+    }.items():
+        monkeypatch.setattr(name, most)
+    batch = await create(client, text(line(1), line(2)))
+    with pytest.raises(openai.BadRequestError, match="is one too many: 1 are kept for 30 days"):
+        await create(client, text(line(1)))
+    with pytest.raises(openai.BadRequestError, match="is one too many: 2 are kept"):
+        await client.files.create(file=b"x", purpose="batch")
+    with pytest.raises(openai.BadRequestError, match="has more than"):
+        await client.files.create(file=b"x" * 5001, purpose="batch")
+    monkeypatch.setattr(f"{routes}.uploads", asyncio.Semaphore(0))
+    with pytest.raises(openai.RateLimitError, match="others are uploading"):
+        await client.files.create(file=b"x", purpose="batch")
+    async with world.running():
+        batch = await ended(client, batch)
+    assert batch.errors and batch.errors.data and batch.errors.data[0].code == "too_many_tasks"
+    monkeypatch.setattr(world.folder, "now", lambda: int(time.time()) + 31 * 86400)
+    world.folder.delete_expired()
+    assert not (await client.files.list()).data and not (await client.batches.list()).data
+
+
 async def test_lists_have_pages(tmp_path: Path) -> None:
     client = World(tmp_path).client()
     ids = {(await create(client, text(line(n)))).id for n in range(5)}

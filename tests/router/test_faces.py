@@ -1,14 +1,18 @@
 """Each path belongs to one face, which also answers errors that occur before a route is found."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from loraplex_router.access.keys import TenantSettings
 from loraplex_router.api.http import admin, lorax, openai
 from loraplex_router.api.http.app import FACES
 from loraplex_router.api.http.face import Face, face_of
 from tests.router.test_engine import Setup
 from tests.router.test_http_streams import Client
+from tests.router.test_keys import hashed
 
 DEEPER = Face(prefix="/v1/deeper", routers=(), write_error=lambda error: {})
 
@@ -55,6 +59,9 @@ async def test_requests_without_a_route_are_answered_in_the_form_of_the_path(pat
     [
         ("/embed", {"inputs": "A", "parameters": {"adapter_id": "../x"}}, "adapter_id"),
         ("/v1/embeddings", {"input": "A", "model": "../x"}, "model"),
+        ("/v1/completions", {"model": "base", "prompt": "A", "lora_path": "../x"}, "lora_path"),
+        ("/v1/completions", {"model": "base", "prompt": "A", "adapters": [None, "../x"]}, "adapters[1]"),
+        ("/generate", {"inputs": "A", "parameters": {"merged_adapters": {"ids": ["a", "../x"]}}}, "ids[1]"),
         ("/adapters/load", {"id": "../x"}, "id"),
         ("/adapters/load", {}, "id"),
         ("/adapters/load", [], "body"),
@@ -64,3 +71,30 @@ async def test_errors_name_fields_as_this_face_does(path: str, body: object, fie
     client = Client(Setup(), path, body)
     await client.run()
     assert client.status == (400 if path.startswith("/v1") else 422) and f"`{field}` " in client.bodies[0]
+
+
+@pytest.mark.parametrize("name", ["absent", "forbidden", "plan@7"])
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (lambda name: {"model": name}, "model"),
+        (lambda name: {"model": "base", "lora_path": name}, "lora_path"),
+        (lambda name: {"model": "base", "adapters": ["a", None, name]}, "adapters[2]"),
+    ],
+)
+async def test_an_adapter_that_cannot_be_used_is_named_by_the_field_that_has_it(
+    body: Callable[[str], dict[str, object]], param: str, name: str, tmp_path: Path
+):
+    registry = tmp_path / "registry.yaml"
+    registry.write_text("adapters: {plan: {1: {id: a}}}")
+    keys = {"ann": TenantSettings(keys=[hashed("ann")], adapters=["a", "absent", "plan"])}
+    client = Client(
+        Setup(tenants=keys, registry_file=registry),
+        "/v1/completions",
+        {"prompt": "A", **body(name)},
+        authorization="Bearer ann",
+    )
+    await client.run()
+    error = json.loads(client.bodies[0])["error"]
+    assert error["param"] == param and name in error["message"]
+    assert client.status == (403 if name == "forbidden" else 404)

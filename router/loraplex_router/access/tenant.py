@@ -74,21 +74,28 @@ class Tenant:
         self.max_requests, self.max_adapters = allowance.max_requests, allowance.max_adapters
         rates = {"requests": allowance.requests_per_minute, "tokens": allowance.tokens_per_minute}
         self.rates = {kind: rate for kind, rate in rates.items() if rate}
-        self._patterns = allowance.adapters
+        patterns = allowance.adapters
+        self._patterns = None if patterns is None else tuple(map(normal, patterns))
 
     @property
     def limited(self) -> bool:
         return bool(self.rates) or self.max_requests is not None or self.max_adapters is not None
 
     def may_use(self, adapter_id: str) -> bool:
+        """The adapter with this name, or all that were merged."""
         patterns = self._patterns
-        return patterns is None or any(fnmatchcase(adapter_id, normal(pattern)) for pattern in patterns)
+        if patterns is None:
+            return True
+        return all(any(fnmatchcase(id, pattern) for pattern in patterns) for id in adapter_id.split(","))
 
     def check_adapter(self, adapter: AdapterReference | MergedReference | None) -> None:
         """Raises ForbiddenError if this tenant may not use the adapter, or one of those to be merged."""
         for reference in parts_of(adapter):
             if not self.may_use(reference.id):
-                raise ForbiddenError(f"this API key does not allow adapter {quote(reference.id)}")
+                # As the caller wrote it, so that nothing is said about which names there are.
+                error = ForbiddenError(f"this API key does not allow adapter {quote(reference.asked or reference.id)}")
+                error.field = "adapter.id"
+                raise error
 
     def remaining(self, now: float) -> list[Remaining]:
         """What is left of each rate that the tenant has, at time `now`, in seconds."""

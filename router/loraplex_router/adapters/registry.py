@@ -15,6 +15,7 @@ from loraplex_protos.errors import AdapterNotFoundError, FieldViolation, Invalid
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Reference, Version
 
 AT = "@"  # between a name and a version; registered names do not contain it
+COMMA = ","  # between the ids of adapters that are merged; no id contains it
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ class Registry:
         return all(part.source or part.id in self.content.aliases or self.find(normal(part.id)) for part in parts)
 
     def bare(self, id: str) -> str:
-        """The registered name in `name@version`; any other id is returned as it is. Permissions are for names."""
+        """The registered name in `name@version`; any other id is returned as it is. Permissions are for names. Of the
+        id of a merged adapter, each of its names."""
+        if COMMA in id:
+            return COMMA.join(map(self.bare, id.split(COMMA)))
         name, at, _ = normal(id).partition(AT)
         return name if at and (name in self.content.names or name in self.uploads) else id
 
@@ -98,7 +102,7 @@ class Registry:
         return reference and self.resolve_one(reference, session)
 
     def _named(self, reference: AdapterReference) -> AdapterReference:
-        return reference if reference.source else replace(reference, id=self.bare(reference.id))
+        return reference if reference.source else replace(reference, id=self.bare(reference.id), asked=reference.id)
 
     def resolve_one(self, reference: AdapterReference, session: str | None) -> AdapterReference:
         """As resolve. Without a session, an alias of several adapters is refused."""

@@ -141,13 +141,13 @@ class AdapterStaging:
     async def _merge(self, merged: MergedReference, tenant: str) -> Adapter:
         parts: list[Adapter] = []
         try:
-            for reference in merged.adapters:
+            for place, reference in enumerate(merged.adapters):
                 part = await self.resolve(reference, tenant)
                 part.leases += 1
                 parts.append(part)
                 if part.invocation is not None:
                     why = f"{quote(reference.id)} is an activated adapter (aLoRA), which cannot be merged"
-                    raise InvalidRequestError(FieldViolation("merged_adapters.adapters", why))
+                    raise InvalidRequestError(FieldViolation(f"merged_adapters.adapters[{place}].id", why))
             digests = [part.digest for part in parts]
             digest = merged_digest(digests, merged)
             while unstaging := self._unstaging.get(digest):

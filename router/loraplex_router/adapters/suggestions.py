@@ -40,9 +40,10 @@ def asking(names: Sequence[str]) -> str:
 class Suggestions:
     """Adds suggestions to AdapterNotFoundError."""
 
-    def __init__(self, names: Callable[[], Awaitable[frozenset[str]]]) -> None:
-        """`names` returns the names of the available adapters."""
+    def __init__(self, names: Callable[[], Awaitable[frozenset[str]]], bare: Callable[[str], str]) -> None:
+        """`names` returns the names of the available adapters, `bare` what of a name permissions are for."""
         self._names = names
+        self._bare = bare
 
     @asynccontextmanager
     async def for_missing(self, reference: Reference | None, may_use: Callable[[str], bool]) -> AsyncIterator[None]:
@@ -60,6 +61,6 @@ class Suggestions:
             known = await self._names()
         except LoraplexError:  # no replica can list adapters
             return []
-        usable = [name for name in known if may_use(name)]
+        usable = [name for name in known if may_use(self._bare(name))]
         missing = [id for id in ids if id not in known]
         return [name for id in missing[:1] for name in await asyncio.to_thread(similar, id, usable)]

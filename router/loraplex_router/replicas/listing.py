@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import AdapterNotFoundError, UnavailableError, quote
-from loraplex_router.adapters.registry import Registry
+from loraplex_router.adapters.registry import COMMA, Registry
 from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.replicas.pins import Pins
 from loraplex_router.replicas.prefetching import Prefetching
@@ -154,12 +154,13 @@ class Listing:
         return place < len(local) and local[place].id == id
 
     async def names(self) -> frozenset[str]:
-        """The names of available adapters, except those on the hub and in object stores that were never requested. May
-        be some seconds old, or older if there are many."""
+        """The names of available adapters, except merged ones, and those on the hub and in object stores that were
+        never requested. May be some seconds old, or older if there are many."""
         began = time.monotonic()
         if began >= self._named_until:
             local = await self._local()
-            known = {id for (id, _, _), _ in (*self._loaded(), *self._fetching(), *self._registered())}
+            listed = (id for (id, _, _), _ in (*self._loaded(), *self._fetching(), *self._registered()))
+            known = {id for id in listed if COMMA not in id}
             self._names = frozenset(known.union(adapter.id for adapter in local if not adapter.fault))
             now = time.monotonic()
             self._named_until = now + NAMES_KEPT * (now - began)

@@ -63,7 +63,7 @@ class Adapters:
         """Adapters that are staged or in the adapter directory, as far as the caller may use them: those after the id
         `after`, and at most `limit`, but for those with the same id. 0: all of them."""
         tenant = self._keys.tenant(key)
-        page = await self._administration.listing.page(lambda id: all(map(tenant.may_use, id.split(","))), after, limit)
+        page = await self._administration.listing.page(tenant.may_use, after, limit)
         for number, status in enumerate(page.adapters):
             self._remarked(status)
             if status.state in (REGISTERED, ALIAS) and self._registry.fault:
@@ -76,7 +76,7 @@ class Adapters:
     async def lists(self, id: str, key: str | None = None) -> bool:
         """Whether `list` has this id for the caller."""
         tenant = self._keys.tenant(key)
-        return all(map(tenant.may_use, id.split(","))) and await self._administration.listing.lists(id)
+        return tenant.may_use(self._registry.bare(id)) and await self._administration.listing.lists(id)
 
     async def load(self, reference: AdapterReference, key: str | None = None) -> AdapterStatus:
         """Rereads the adapter's source and stages its current content. For administrators."""

@@ -26,6 +26,7 @@ from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import Reference, asked_of
 from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.thoughts import Thoughts
+from loraplex_router.vocabulary.violations import naming
 from loraplex_router.vocabulary.volume import Volume
 
 LONG_PROMPT = 1000  # tokens: between two such prompts of a call, other tasks get a turn
@@ -54,9 +55,12 @@ class Preparation:
         self._model = model
         self._arrivals = 0
 
-    async def prepare(self, request: Request, arrival: Arrival, saved: Saved | None = None) -> tuple[Generation, Lease]:
-        """A request with one adapter, ready to be submitted with its lease. It continues what was saved."""
-        with _naming(request.adapter) if arrival.names_adapters else nullcontext():
+    async def prepare(
+        self, request: Request, arrival: Arrival, place: int = 0, saved: Saved | None = None
+    ) -> tuple[Generation, Lease]:
+        """A request with one adapter, ready to be submitted with its lease. `place`: which of several it is. It
+        continues what was saved."""
+        with _naming(place, request.adapter) if arrival.names_adapters else nullcontext():
             return await self._prepare(request, arrival, saved)
 
     async def place(self, reference: Reference | None, tenant: Tenant) -> Lease:
@@ -158,18 +162,21 @@ def _not_invoked(adapter: Adapter, name: str, model: Model) -> str:
 
 
 @contextmanager
-def _naming(reference: Reference | None) -> Iterator[None]:
-    """A context whose errors about the adapter name it."""
+def _naming(place: int, reference: Reference | None) -> Iterator[None]:
+    """A context whose errors about the adapter, one of several, name it and its field."""
     name = quote(",".join(asked_of(reference)))
     try:
-        yield
+        with naming(f"adapters[{place}]"):
+            yield
     except InvalidRequestError as error:
         found = error.violations
-        of_adapter = {each: f"names {name}, which {each.description}" for each in found if each.field == "adapter.id"}
+        of_adapter = {each: f"names {name}, which {each.description}" for each in found if each.field.endswith("].id")}
         raise type(error)(
             *(FieldViolation(each.field, of_adapter.get(each, each.description)) for each in found)
         ) from error
     except AdapterError as error:
         if name in error.message:
             raise
-        raise type(error)(f"adapter {name}: {error.message}") from error
+        named = type(error)(f"adapter {name}: {error.message}")
+        named.field = error.field
+        raise named from error

@@ -104,12 +104,13 @@ class Requests:
             raise UnavailableError("the server is shutting down")
         tenant, total = visit.tenant, sum(part.n for part in parts)
         with self._admission.preparing(total, tenant, parts[0].background):
-            request_id = self._running.reserve(parts[0].request_id)
+            request_id = self._running.reserve(tenant.name, parts[0].request_id)
             try:
                 with ExitStack() as held:
                     arrival = Arrival(request_id, tenant, arrived, volume, held, names_adapters=len(parts) > 1)
                     placed = [
-                        await self._preparation.prepare(part, arrival, each) for part, each in zip_longest(parts, saved)
+                        await self._preparation.prepare(part, arrival, place, each)
+                        for place, (part, each) in enumerate(zip_longest(parts, saved))
                     ]
                     for part, (generation, lease) in zip(parts, placed, strict=True):
                         check_deadline(part, lease.replica.engine.waited(generation))
@@ -121,7 +122,7 @@ class Requests:
                         else:
                             lease.submit(generation)
             except BaseException:
-                self._running.forget(request_id)
+                self._running.forget(tenant.name, request_id)
                 raise
         generations = [generation for generation, _ in placed]
         self._running.begin(request_id, visit, generations)
@@ -148,20 +149,23 @@ class Requests:
         """The number of requests that have begun and not ended."""
         return len(self._running)
 
-    def is_running(self, request_id: str) -> bool:
-        """Whether a request with this id, or the first of several, has begun and not ended."""
-        return request_id in self._running or f"{request_id}-0" in self._running
+    def is_running(self, request_id: str, tenant: Tenant) -> bool:
+        """Whether a request of the tenant's with this id, or the first of several, has begun and not ended."""
+        return any(self._running.has(tenant.name, id) for id in (request_id, f"{request_id}-0"))
 
     def cancel_request(self, request_id: str, tenant: Tenant) -> None:
-        """Ends a request; its reader sees it finish as cancelled.
+        """Ends a request of the tenant's; its reader sees it finish as cancelled. If an administrator has none with
+        this id, those of others.
 
-        Raises RequestNotFoundError if the tenant (an administrator: anyone) has no such running request.
+        Raises RequestNotFoundError if there is none.
         """
-        running = self._running.get(request_id)
-        if running is None or not (tenant.admin or running.tenant is tenant):
+        own = self._running.get(tenant.name, request_id)
+        found = [own] if own else self._running.get_all(request_id) if tenant.admin else []
+        if not found:
             raise RequestNotFoundError(f"no request {quote(request_id)} is running")
-        for generation in running.generations:
-            self.cancel(generation)
+        for running in found:
+            for generation in running.generations:
+                self.cancel(generation)
 
     def cancel(self, generation: Generation) -> None:
         """Ends the unfinished sequences of a generation whose client is gone. Its reader sees it finish as cancelled,
@@ -187,19 +191,19 @@ class Requests:
         adapter = self._registry.resolve(meant, "")
         sampling = part.sampling.model_copy(update={"seed": saved.record.seed})
         request_id = saved.record.request_id
-        if request_id in self._running:  # the former request cannot end: it waits for its client to read
+        if self._running.has(tenant.name, request_id):  # the former request cannot end: it waits for its client to read
             request_id = ""
         return replace(part, request_id=request_id, adapter=asked_as(adapter, part.adapter), sampling=sampling)
 
     async def end_former(self, request_id: str, tenant: Tenant) -> None:
         """Ends the request that is resumed, if it runs here: its client has lost the connection."""
-        former = self._running.get(request_id)
-        if former is not None and former.tenant is tenant:
+        former = self._running.get(tenant.name, request_id)
+        if former is not None:
             for generation in former.generations:
                 self.cancel(generation)
             with suppress(TimeoutError):
                 async with asyncio.timeout(FORMER_SECONDS):
-                    await self._replicas.changes.until(lambda: request_id not in self._running)
+                    await self._replicas.changes.until(lambda: not self._running.has(tenant.name, request_id))
 
     async def resolve(self, adapter: Reference | None, tenant: Tenant, session: str) -> Reference | None:
         """What the registry says that the name stands for. `session`: equal ones get the same of several versions;

@@ -4,13 +4,14 @@ engine."""
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from itertools import zip_longest
 from typing import Literal
 
 from loraplex_protos import generation_pb2 as pb
-from loraplex_protos.errors import UnavailableError
+from loraplex_protos.errors import UnauthenticatedError, UnavailableError
 from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys
 from loraplex_router.access.shared_limits import SharedLimits
@@ -73,7 +74,7 @@ class Service:
         self.responses = ResponseStore(stored_responses_bytes)
         self.batches = batches
         self._replicas = replicas
-        suggestions = Suggestions(administration.listing.names)
+        suggestions = Suggestions(administration.listing.names, administration.registry.bare)
         self.adapters = Adapters(keys, administration, uploads, declarations, suggestions, lambda: self._known_model)
         self._preparation = Preparation(replicas, suggestions, lambda: self._known_model)
         self.requests = Requests(
@@ -164,12 +165,14 @@ class Service:
                     session = request.session or request.request_id or new_session()
                     for each in saved[:1]:  # all have one id
                         await self.requests.end_former(each.record.request_id, tenant)
-                    parts = [
-                        await self.requests.resumed(part, tenant, each)
-                        if each
-                        else replace(part, adapter=await self.requests.resolve(part.adapter, tenant, session))
-                        for part, each in zip_longest(request.parts(), saved)
-                    ]
+                    parts = list[Request]()
+                    for place, (part, each) in enumerate(zip_longest(request.parts(), saved)):
+                        with request.named(place):
+                            parts.append(
+                                await self.requests.resumed(part, tenant, each)
+                                if each
+                                else replace(part, adapter=await self.requests.resolve(part.adapter, tenant, session))
+                            )
                     visit = visit or await self.requests.visit(tenant, arrived, parts)
                     generations = await self.requests.start(parts, visit, arrived, volume, saved)
                     started += generations
@@ -191,6 +194,12 @@ class Service:
         """
         with audited("cancel", self.keys, key, request_id=request_id):
             self.requests.cancel_request(request_id, self.keys.tenant(key))
+
+    def is_running(self, request_id: str, key: str | None = None) -> bool:
+        """Whether the caller has a request with this id, or the first of several, that runs."""
+        with suppress(UnauthenticatedError):
+            return self.requests.is_running(request_id, self.keys.tenant(key))
+        return False
 
     async def scrape(self, key: str | None = None) -> bytes:
         """The metrics, as far as `metrics_auth` shows them to the caller, in Prometheus' format."""

@@ -1,5 +1,6 @@
 """The internal request, common to all faces. checks.py and context_length.py check it."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -8,6 +9,7 @@ from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Detail
+from loraplex_router.vocabulary.violations import naming
 
 AS_MANY_AS_FIT = -1  # prompt tokens, next to the answer in the context
 
@@ -50,6 +52,10 @@ class Request:
     def parts(self) -> list["Request"]:
         """One request per adapter."""
         return [replace(self, adapter=adapter, adapters=()) for adapter in self.adapters] or [self]
+
+    def named(self, place: int) -> AbstractContextManager[None]:
+        """A context whose errors about a part's adapter name the field of this request that has it."""
+        return naming(f"adapters[{place}]") if self.adapters else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)

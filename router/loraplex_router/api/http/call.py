@@ -53,9 +53,8 @@ def key_of(headers: Headers) -> str | None:
 
 async def _read_call(http: Request) -> RouteCall:
     service: Service = http.app.state.service
-    request_id = http.headers.get("x-request-id", "")
-    usable = REQUEST_ID.fullmatch(request_id) is not None and not service.requests.is_running(request_id)
-    key = key_of(http.headers)
+    request_id, key = http.headers.get("x-request-id", ""), key_of(http.headers)
+    usable = REQUEST_ID.fullmatch(request_id) is not None and not service.is_running(request_id, key)
     session = http.headers.get("x-session-id") or secrets.token_hex(8)
     last_event_id = http.headers.get(LAST_EVENT_ID, "")
     background = BACKGROUND.search(http.headers.get("priority", "")) is not None

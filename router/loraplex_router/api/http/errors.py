@@ -1,6 +1,7 @@
 """Errors over HTTP, as far as the faces share them: their kinds, their texts, and their description in the document."""
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from math import ceil
 from types import UnionType
@@ -16,6 +17,7 @@ from loraplex_protos.errors import (
     AdapterError,
     AdapterNotFoundError,
     FieldViolation,
+    ForbiddenError,
     GenerationError,
     InvalidRequestError,
     LoraplexError,
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 Responses: TypeAlias = dict[int | str, dict[str, Any]]  # of a route, for the OpenAPI document
 
+NUMBER = re.compile(r"\[\d+\]")
 TYPES = ("str", "int", "float", "bool", "dict")  # pydantic's names
 
 MESSAGES = ("sampling", "stopping", "detail", "adapter", "merged_adapters")  # the router's groups of fields
@@ -101,9 +104,13 @@ def error_headers(error: LoraplexError) -> dict[str, str]:
 def rename_fields(error: LoraplexError, names: Mapping[str, str]) -> LoraplexError:
     """The error with a face's field names. `names` has the face's name for each of the router's fields, unless it is
     the last part of the router's name."""
+    if isinstance(error, AdapterError | ForbiddenError):
+        renamed = type(error)(error.message)
+        renamed.field = _name(error.field, names)
+        return renamed
     if not isinstance(error, InvalidRequestError):
         return error
-    return type(error)(*(FieldViolation(_name(found, names), found.description) for found in error.violations))
+    return type(error)(*(FieldViolation(_name(found.field, names), found.description) for found in error.violations))
 
 
 def describe(error: LoraplexError) -> str:
@@ -137,10 +144,14 @@ def only(errors: Responses, *statuses: int) -> Responses:
 LORAX_ERRORS = document_errors(Error, {404: "No such adapter.", 422: "A field is wrong; the message names it."})
 
 
-def _name(found: FieldViolation, names: Mapping[str, str]) -> str:
-    if found.field.partition(".")[0] in MESSAGES:
-        return names.get(found.field) or found.field.rpartition(".")[2]
-    return names.get(found.field, found.field)
+def _name(field: str, names: Mapping[str, str]) -> str:
+    """`names` has [] for the number of an item."""
+    general = NUMBER.sub("[]", field)
+    own = general.rpartition(".")[2] if general.partition(".")[0] in MESSAGES else general
+    name = names.get(general, own)
+    for number in NUMBER.findall(field):
+        name = name.replace("[]", number, 1)
+    return name
 
 
 def _violation(found: Mapping[str, Any]) -> FieldViolation:

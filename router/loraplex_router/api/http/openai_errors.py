@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from loraplex_protos.errors import (
     AdapterError,
     AdapterNotFoundError,
+    ForbiddenError,
     InvalidRequestError,
     LoraplexError,
     OverloadedError,
@@ -36,8 +37,8 @@ def write_error(error: LoraplexError) -> dict[str, Any]:
         case InvalidRequestError():
             param = error.violations[0].field
             code = "context_length_exceeded" if isinstance(error, ContextLengthError) else code
-        case AdapterError():
-            param = "model"
+        case AdapterError() | ForbiddenError():
+            param = "model" if error.field == "adapter.id" else error.field or None
             code = "model_not_found" if isinstance(error, AdapterNotFoundError) else code
         case OverloadedError():
             kind = "rate_limit_error"

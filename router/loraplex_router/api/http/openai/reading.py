@@ -1,6 +1,7 @@
 """Reads what completions and chat completions share: the model's name, sampling, stopping."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from loraplex_router.api.http.model_names import read_model_name
@@ -10,7 +11,7 @@ from loraplex_router.api.http.openai.schema import ChatCompletionRequest, Genera
 from loraplex_router.api.http.unknown_fields import unknown_fields
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.sampling import RANGES, Sampling
-from loraplex_router.vocabulary.violations import Violations
+from loraplex_router.vocabulary.violations import Violations, naming
 
 LEAST_TOP_P = 1e-6  # OpenAI's 0 means only the likeliest token
 
@@ -18,6 +19,12 @@ LEAST_TOP_P = 1e-6  # OpenAI's 0 means only the likeliest token
 def read_model(body: GenerationRequest, base: Sequence[str]) -> AdapterReference | None:
     """The adapter that the model's name refers to, with its source from LoRAX's fields; None is the base."""
     return _read_name(body.model, body, base) or _read_name(body.lora_path, body, base)
+
+
+def named_by(body: GenerationRequest, base: Sequence[str]) -> AbstractContextManager[None]:
+    """A context whose errors about the adapter name the field that has it."""
+    by_path = body.lora_path and read_model_name(body.model, base) is None
+    return naming("lora_path") if by_path else nullcontext()
 
 
 def read_adapters(body: GenerationRequest, base: Sequence[str]) -> tuple[AdapterReference | None, ...]:

@@ -12,6 +12,7 @@ from loraplex_router.api.http.model_names import answered_name
 from loraplex_router.api.http.openai import answers
 from loraplex_router.api.http.openai.chat import ChatWriter, read_chat
 from loraplex_router.api.http.openai.completions import CompletionWriter, read_completions
+from loraplex_router.api.http.openai.reading import named_by
 from loraplex_router.api.http.openai.schema import ChatCompletionRequest, CompletionRequest
 from loraplex_router.api.http.openai.tools import with_tools
 from loraplex_router.api.http.openai_errors import ERRORS, write_error
@@ -32,7 +33,8 @@ async def completions(body: CompletionRequest, call: Call) -> Response:
     requests = read_completions(body, service.model_names, service.sampling_defaults, call.request_id)
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
     requests = [call.complete(each) for each in requests]
-    generations = await service.generate_all(requests, call.key, stream)
+    with named_by(body, service.model_names):
+        generations = await service.generate_all(requests, call.key, stream)
     writer = CompletionWriter(body, generations, service.tokenizer_of, service.info.version)
     return await _answer(call, generations, writer, stream)
 
@@ -43,7 +45,8 @@ async def chat_completions(body: ChatCompletionRequest, call: Call) -> Response:
     service, body = call.service, with_tools(body)
     request = read_chat(body, service.model_names, service.sampling_defaults, call.request_id)
     stream = call.stream(body.stream)
-    generations = await service.generate_each(call.complete(request), call.key, stream=stream)
+    with named_by(body, service.model_names):
+        generations = await service.generate_each(call.complete(request), call.key, stream=stream)
     body = body.model_copy(update={"model": answered_name(body.model, service.model_names)})
     writer = ChatWriter(body, generations, service.tokenizer_of, service.info.version)
     return await _answer(call, generations, writer, stream)
