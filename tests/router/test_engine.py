@@ -278,7 +278,7 @@ async def test_an_adapter_without_memory_on_the_device_waits_until_another_has_l
 async def test_an_adapter_without_memory_on_an_empty_device_is_refused_as_overload(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("loraplex_router.engine.engine.SHORTAGE_SECONDS", 0.05)
+    monkeypatch.setattr("loraplex_router.engine.transfers.SHORTAGE_SECONDS", 0.05)
     setup.shards.room = 0
     base, bad = await asyncio.gather(setup.answer(1), setup.answer(1, adapter="a"), return_exceptions=True)
     assert base == [2, 3, 4, 5, 6] and isinstance(bad, OverloadedError)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from math import inf
 from typing import NamedTuple
@@ -21,7 +21,6 @@ from loraplex_protos.errors import (
     GenerationError,
     InvalidRequestError,
     LoraplexError,
-    OverloadedError,
     UnavailableError,
 )
 from loraplex_router.engine.changes import Changes
@@ -31,6 +30,7 @@ from loraplex_router.engine.output import SequenceOutput
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Scheduler
 from loraplex_router.engine.suspects import Loss
+from loraplex_router.engine.transfers import Transfers
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.sequence import Chunk, Plan, Sample
@@ -52,7 +52,6 @@ DEPTH = 2  # plans in flight
 LEAVES_AT = 0.7
 QUIET_SECONDS = 0.25  # without other work, before background work begins
 LEAST_LEAD = 0.005
-SHORTAGE_SECONDS = 10.0  # for which the pool counts on what the device turned out to have, not on its budget
 
 FAILURES = {
     pb.FAILURE_REASON_NOT_FINITE: "the model's output for this sequence held NaN or Inf",
@@ -76,20 +75,18 @@ class Engine:
         self, scheduler: Scheduler, pool: AdapterPool, shards: EngineShards, observer: EngineObserver, changes: Changes
     ) -> None:
         self._scheduler = scheduler
-        self._pool = pool
         self._shards = shards
         self._observer = observer
         self._changes = changes
         self._generations: dict[Generation, None] = {}
         self._owners: dict[object, tuple[Generation, SequenceOutput]] = {}  # by Sequence
         self._wakeup = asyncio.Event()
-        self._transfers: dict[Adapter, asyncio.Task[None]] = {}  # into slots and out of them
+        self._transfers = Transfers(scheduler, pool, shards, changes, self.wake, self._fail_waiting)
         self._steps = 0
         self._in_flight: deque[Plan] = deque()
         self._result: asyncio.Task[pb.StepResponse] | None = None  # of the first plan in flight
         self._last = Applied(0, 0.0, 0.0)
         self._quiet_since = 0.0  # by time.monotonic: the last result of a plan that was not a background one
-        self._lost: UnavailableError | None = None  # set if a load found that the replica is lost
         self._failed = False
 
     @property
@@ -170,16 +167,15 @@ class Engine:
                 self._end(generation, failure)
             raise failure from error
         finally:
-            for task in self._transfers.values():
-                task.cancel()
+            self._transfers.cancel()
             if self._result is not None:
                 self._result.cancel()
 
     async def _loop(self) -> None:
-        while self._lost is None:
+        while self._transfers.lost is None:
             await self._until_next_plan_is_due()
             began = time.perf_counter()
-            self._change_slots()
+            self._transfers.begin()
             plan = self._scheduler.schedule(background=self._seconds_to_background() <= 0)
             if plan is not None:
                 self._mark_started(plan)
@@ -195,7 +191,7 @@ class Engine:
             elif plan is None:
                 await self._until_something_is_to_be_done()
             self._wakeup.clear()
-        raise self._lost
+        raise self._transfers.lost
 
     async def _until_next_plan_is_due(self) -> None:
         """While a plan runs that has as many tokens as the last one or more, it is taken to run as long."""
@@ -203,7 +199,7 @@ class Engine:
             seconds = min(LEAVES_AT * self._last.seconds, self._last.seconds - LEAST_LEAD)
             seconds -= time.monotonic() - self._last.received
             if seconds > 0:
-                self._change_slots()  # adapters need not wait until then to be loaded
+                self._transfers.begin()  # adapters need not wait until then to be loaded
                 await asyncio.wait([self._receiving()], timeout=seconds)
 
     def _seconds_to_background(self) -> float:
@@ -223,13 +219,6 @@ class Engine:
             self._result = asyncio.create_task(self._shards.receive())
             self._result.add_done_callback(lambda task: task.cancelled() or task.exception())  # sending may fail first
         return self._result
-
-    def _change_slots(self) -> None:
-        changes = self._scheduler.change_slots()
-        for adapter in changes.claimed:
-            self._transfers[adapter] = asyncio.create_task(self._transfer(adapter, self._load(adapter)))
-        for adapter in changes.evicted:
-            self._transfers[adapter] = asyncio.create_task(self._transfer(adapter, self._unload(adapter)))
 
     def _mark_started(self, plan: Plan) -> None:
         for sequence in plan.starts:
@@ -341,49 +330,6 @@ class Engine:
         for output in generation.outputs:
             self._owners.pop(output.sequence, None)
         self._changes.notify()
-
-    # ---- adapters --------------------------------------------------------------------------------------------
-
-    async def _transfer(self, adapter: Adapter, work: Coroutine[None, None, None]) -> None:
-        try:
-            await work
-        except LoraplexError as error:  # the replica is lost: sequences that wait for the adapter continue elsewhere
-            self._lost = error if isinstance(error, UnavailableError) else UnavailableError(error.message)
-        else:
-            del self._transfers[adapter]
-            self._change_slots()  # those who wait for a slot need not wait for the next plan as well
-            self._changes.notify()
-        self._wakeup.set()
-
-    async def _load(self, adapter: Adapter) -> None:
-        assert adapter.slot is not None
-        try:
-            await self._shards.load(adapter.digest, adapter.slot)
-        except UnavailableError:
-            raise
-        except LoraplexError as error:
-            logger.error("adapter %s cannot be loaded into slot %d: %s", adapter.digest, adapter.slot, error)
-            await self._unload(adapter)  # other ranks may have loaded it
-            if not (isinstance(error, OverloadedError) and self._waits_for_memory(adapter)):
-                self._fail_waiting(adapter, error)
-                self._pool.unpin(adapter)  # otherwise it would be tried again at once, for ever
-        else:
-            adapter.ready, adapter.loaded = True, time.monotonic()
-
-    async def _unload(self, adapter: Adapter) -> None:
-        assert adapter.slot is not None
-        await self._shards.unload(adapter.slot)
-        self._pool.release_slot(adapter)
-
-    def _waits_for_memory(self, adapter: Adapter) -> bool:
-        """The device had no memory for an adapter, although the pool had: something else takes it. Returns whether the
-        adapter can wait until others have left, or the memory is back."""
-        asyncio.get_running_loop().call_later(SHORTAGE_SECONDS, self._forget_shortage)
-        return self._pool.lower_room(adapter)
-
-    def _forget_shortage(self) -> None:
-        self._pool.restore_room()
-        self._wakeup.set()
 
     def _fail_waiting(self, adapter: Adapter, error: LoraplexError) -> None:
         for generation in [g for g in self._generations if g.adapter_digest == adapter.digest]:
