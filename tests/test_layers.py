@@ -12,6 +12,7 @@ PACKAGES = {
     "loraplex_router": ROOT / "router/loraplex_router",
     "loraplex_shard": ROOT / "shard/loraplex_shard",
     "loraplex": ROOT / "client/loraplex",
+    "loraplex_command": ROOT / "client/loraplex_command",
 }
 
 # Which of our packages a package may import, besides its own modules.
@@ -20,8 +21,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_router": {"loraplex_protos"},
     "loraplex_shard": {"loraplex_protos"},
     "loraplex": {"loraplex_protos"},
+    "loraplex_command": {"loraplex"},
     # The commands that run services are the only place where everything meets.
-    "loraplex.cli": {"loraplex", "loraplex_protos", "loraplex_router", "loraplex_shard"},
+    "loraplex.cli": {"loraplex", "loraplex_command", "loraplex_protos", "loraplex_router", "loraplex_shard"},
     # Pure policy: no clock, no transport.
     "loraplex_router.engine.blocks": set(),
     "loraplex_router.engine.pool": {"loraplex_router.vocabulary", "loraplex_protos.errors"},

@@ -129,10 +129,11 @@ class Router:
         )
         self._stop = asyncio.Event()
         self._hurried = False  # the drain is cut short
+        self._given_up = False  # by SIGINT while no replica was ready
 
-    async def run(self, ready: Ready) -> None:
-        """Serves until SIGTERM or SIGINT, then drains; another SIGINT ends that. Calls `ready` once a replica is ready.
-        If cancelled, running requests end with UnavailableError."""
+    async def run(self, ready: Ready) -> bool:
+        """Serves until SIGTERM or SIGINT, then drains; another SIGINT ends that. Calls `ready` once a replica is ready;
+        returns whether SIGINT came while none was. If cancelled, running requests end with UnavailableError."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
@@ -156,6 +157,7 @@ class Router:
                 await self._service.aclose()
                 if self._redis:
                     await self._redis.aclose()
+        return self._given_up
 
     async def _work(self, ready: Callable[[list[str]], None]) -> None:
         followed = [file.follow() for file in (self._key_file, self._registry_file, self._tls) if file]
@@ -175,6 +177,8 @@ class Router:
         if self._stop.is_set():
             self._hurried = True
             self._replicas.changes.notify()
+        else:
+            self._given_up = not self._replicas.ready.is_set()
         self._stop.set()
 
     async def _stopped(self) -> None:
@@ -267,12 +271,13 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-async def run(settings: RouterSettings, ready: Ready, supervisor: Supervisor | None = None) -> None:
-    """Serves the shards' model. `supervisor`: restarts the only replica's ranks, if this process started them.
+async def run(settings: RouterSettings, ready: Ready, supervisor: Supervisor | None = None) -> bool:
+    """Serves the shards' model; returns whether SIGINT ended it while no replica was ready. `supervisor`: restarts the
+    only replica's ranks, if this process started them.
 
     Raises KeyFileError or RegistryFileError for an invalid file, OSError for a port in use or a wrong certificate."""
     key_file = KeyFile(settings.api_keys) if settings.api_keys else None
     sys.setswitchinterval(SWITCH_SECONDS)
     raise_file_limit()
     with open_telemetry(settings) as telemetry:
-        await Router(settings, key_file, telemetry, supervisor).run(ready)
+        return await Router(settings, key_file, telemetry, supervisor).run(ready)

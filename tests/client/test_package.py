@@ -1,8 +1,11 @@
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import loraplex
+
+STARTED = "from loraplex_command import main; main()"  # what the script in bin/ does
 
 
 def test_all_lists_what_is_exported() -> None:
@@ -25,3 +28,10 @@ def test_importing_the_sdk_imports_nothing_of_the_server() -> None:
     heavy = {"torch", "transformers", "numpy", "pydantic", "fastapi", "loraplex_router", "loraplex_shard", "typer"}
     assert "loraplex" in modules
     assert not heavy & set(modules)
+
+
+def test_ctrl_c_ends_the_command_without_a_traceback_while_it_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "grpc.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {STARTED}"]
+    ended = subprocess.run([*command, "serve"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "")

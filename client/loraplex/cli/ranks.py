@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NoReturn
 
 from loraplex.cli.restarts import Restarts
 from loraplex.cli.variables import is_setting
@@ -55,7 +56,7 @@ class Ranks:
         for settings in self._shards(f"file://{self._folder}/{self._starts}"):
             self._processes[settings.rank] = await _start_shard(shard_flags(settings))
 
-    async def keep(self) -> None:
+    async def keep(self) -> NoReturn:
         """Restarts the ranks whenever they end. Raises UnavailableError when they should not be restarted."""
         while True:
             end = await self.end()

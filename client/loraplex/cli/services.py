@@ -4,6 +4,7 @@ so that the client's commands work, and start fast, without them."""
 import asyncio
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from loraplex.cli.logs import configure
+from loraplex_command import INTERRUPTED, end_at_interrupts, hold_interrupts_back
 from loraplex_protos.errors import LoraplexError
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def serve(context: typer.Context) -> None:
+    end_at_interrupts()
     _leave_forks_alone()
     _begin("all", "uvloop", "torch")
     from loraplex.cli.flags import parse, warn_of_variables
@@ -52,6 +55,7 @@ def serve(context: typer.Context) -> None:
 
 
 def router(context: typer.Context) -> None:
+    end_at_interrupts()
     _leave_forks_alone()
     _begin("router", "uvloop")
     from loraplex.cli.flags import parse, warn_of_variables
@@ -72,6 +76,7 @@ def router(context: typer.Context) -> None:
 
 
 def shard(context: typer.Context) -> None:
+    end_at_interrupts()
     # torch reads these when it is imported. The first lets a waiting thread give up its core soon, so that the router
     # and other ranks can use it; the second puts weights into huge pages, which halves the time to load them; the third
     # lets a GPU's memory that was used for one shape of a step be used for any other.
@@ -95,6 +100,7 @@ def shard(context: typer.Context) -> None:
     (settings,) = node.shards(node.rendezvous)
     from loraplex_shard.serving import server
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a handler would not interrupt the wait for the other ranks
     bar = Progress(console=console, transient=True, disable=settings.rank > 0 or not console.is_terminal)
     with _not_waiting_for_threads(), _errors_shown(), bar as progress:
         task = progress.add_task("Loading the model", total=None)
@@ -125,13 +131,20 @@ def _leave_forks_alone() -> None:
     """Restarts this process with gRPC's fork handlers turned off, which gRPC reads from the environment when it is
     imported. Starting a program begins with a fork, in which the handlers may crash, hang or print remarks."""
     if not NO_FORK_HANDLERS.keys() <= os.environ.keys():
+        hold_interrupts_back()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**NO_FORK_HANDLERS, **os.environ})
 
 
-def _run_on_uvloop(main: Coroutine[None, None, None]) -> None:
+def _run_on_uvloop(main: Coroutine[None, None, bool]) -> None:
+    """Runs a service, which returns whether it was interrupted before it was ready."""
     import uvloop
 
-    uvloop.run(main)
+    try:
+        interrupted = uvloop.run(main)
+    finally:
+        end_at_interrupts()  # the loop has taken its handlers away
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 @contextmanager

@@ -43,26 +43,35 @@ class ServeSettings(EdgeSettings, ModelSettings):
         return self
 
 
-async def run(settings: ServeSettings, console: Console) -> None:
-    """Serves until SIGTERM or SIGINT. Raises UnavailableError if the ranks end and should not be restarted."""
+async def run(settings: ServeSettings, console: Console) -> bool:
+    """Serves until SIGTERM or SIGINT; returns whether it was SIGINT before it was ready. Raises UnavailableError if the
+    ranks end and should not be restarted."""
     loop, this = asyncio.get_running_loop(), asyncio.current_task()
     assert this
+    told = list[signal.Signals]()
+
+    def stop(number: signal.Signals) -> None:  # until the router has its own handlers
+        told.append(number)
+        if len(told) == 1:
+            this.cancel()
+
     for number in signal.SIGTERM, signal.SIGINT:
-        loop.add_signal_handler(number, this.cancel)  # until the router has its own handlers
+        loop.add_signal_handler(number, stop, number)
     with run_folder() as folder:
         addresses = [f"unix:{folder}/rank{rank}.sock" for rank in range(settings.tp)]
         ranks = Ranks(lambda rendezvous: shards(settings, addresses, rendezvous), folder)
         try:
             await ranks.start()
-            await _route(settings, addresses, ranks, console)
+            return await _route(settings, addresses, ranks, console)
         except asyncio.CancelledError:  # by a signal: this is the whole process
-            pass
+            return told[0] == signal.SIGINT
         finally:
             await ranks.stop()
 
 
-async def _route(settings: ServeSettings, addresses: Sequence[str], ranks: Ranks, console: Console) -> None:
-    """Runs the router, and restarts the ranks, until the router ends or the ranks should not be restarted."""
+async def _route(settings: ServeSettings, addresses: Sequence[str], ranks: Ranks, console: Console) -> bool:
+    """Runs the router, and restarts the ranks, until the router ends or the ranks should not be restarted. Returns
+    whether SIGINT ended it before it was ready."""
     from loraplex_router import app  # takes a second, during which the shards are starting
 
     edge = settings.model_dump(include=set(EdgeSettings.model_fields))
@@ -80,7 +89,7 @@ async def _route(settings: ServeSettings, addresses: Sequence[str], ranks: Ranks
     keeping = asyncio.create_task(ranks.keep())
     try:
         await asyncio.wait([router, keeping], return_when=asyncio.FIRST_COMPLETED)
-        await (router if router.done() else keeping)
+        return await (router if router.done() else keeping)
     finally:
         router.cancel()
         keeping.cancel()
