@@ -471,6 +471,24 @@ def test_prompt_logprobs_require_the_whole_prompt():
     assert sequence.prefix_hit == 0
 
 
+def test_prompt_tokens_whose_logprobs_are_wanted_take_half_as_much_again_of_a_plan():
+    world = World(budget=15)
+    scored = world.submit("", [1] * 24, 2, Detail(prompt_logprobs=True))
+    plain = world.submit("", [2] * 30, 2)
+    planned = []
+    while plan := world.scheduler.schedule():
+        planned.append({chunk.sequence: chunk.length for chunk in plan.chunks})
+    # The end of its prompt takes 6, a decode 1.
+    assert planned[:4] == [{scored: 10}, {scored: 10}, {scored: 4, plain: 9}, {scored: 1, plain: 14}]
+
+
+def test_a_prompt_whose_logprobs_are_wanted_goes_on_where_only_one_place_is_left():
+    world = World(budget=1, rows=1)
+    scored = world.submit("", [1, 2, 3], 2, Detail(prompt_logprobs=True))
+    world.run()
+    assert scored.tokens == expected(scored)
+
+
 def test_a_failed_sequence_leaves_nothing_in_the_prefix_cache():
     world = World()
     sequence = world.submit("", list(range(17)), 5)

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from loraplex_protos.generation_pb2 import Sampling
+from loraplex_shard.sampling import sampler
 from loraplex_shard.sampling.draws import uniforms
-from loraplex_shard.sampling.sampler import head, likeliest, logprobs, sample, warped
+from loraplex_shard.sampling.sampler import head, likeliest, logprobs, ranks, sample, totals, warped
 from loraplex_shard.sampling.stages import (
     BEFORE_TEMPERATURE,
     HEAD,
@@ -128,10 +129,11 @@ def test_greedy_and_likeliest_equal_argmax_and_topk_for_any_vocabulary(vocab: in
     logits = random_logits(3, vocab, seed=seed).round()  # with ties
     assert torch.equal(sample(logits, parameters(*[GREEDY] * 3), history(*[([0], 1)] * 3)), logits.argmax(-1))
     count = 1 + seed % vocab
-    ids, values = likeliest(logits, count)
+    ids, values = likeliest(logits, count, totals(logits))
     assert all(len(set(row)) == count for row in ids.tolist())
     torch.testing.assert_close(values, logits.log_softmax(-1).topk(count).values)
-    torch.testing.assert_close(values, logprobs(logits.repeat_interleave(count, 0), ids.flatten()).view(3, count))
+    each = logits.repeat_interleave(count, 0)
+    torch.testing.assert_close(values, logprobs(each, ids.flatten(), totals(each)).view(3, count))
 
 
 def test_repetition_penalty_equals_transformers() -> None:
@@ -341,8 +343,28 @@ def test_logprobs_are_computed_from_the_raw_logits() -> None:
     logits = random_logits(3)
     tokens = torch.tensor([4, 0, VOCAB - 1])
     expected = logits.log_softmax(-1)
-    torch.testing.assert_close(logprobs(logits, tokens), expected[range(3), tokens])
-    ids, values = likeliest(logits, 5)
+    torch.testing.assert_close(logprobs(logits, tokens, totals(logits)), expected[range(3), tokens])
+    ids, values = likeliest(logits, 5, totals(logits))
     best = expected.sort(descending=True)
     assert torch.equal(ids, best.indices[:, :5])
     torch.testing.assert_close(values, best.values[:, :5])
+
+
+def test_many_rows_are_reduced_a_few_at_a_time_and_each_as_if_it_were_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "IN_CACHE", 4 * VOCAB // torch.get_num_threads())
+    logits = random_logits(11).round()  # with ties
+    tokens = torch.arange(11) * 7
+    seen = list[int]()
+
+    def logsumexp(rows: torch.Tensor, *of: int, keepdim: bool) -> torch.Tensor:
+        seen.append(len(rows))
+        return torch.logsumexp(rows, *of, keepdim=keepdim)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "logsumexp", logsumexp)
+        found = totals(logits)
+    assert max(seen) <= 4 and sum(seen) == 11
+    torch.testing.assert_close(found, logits.logsumexp(-1, keepdim=True))
+    own = logits.gather(1, tokens[:, None])
+    assert torch.equal(ranks(logits, tokens), (logits >= own).sum(1))
+    assert not len(totals(logits[:0])) and not len(ranks(logits[:0], tokens[:0]))

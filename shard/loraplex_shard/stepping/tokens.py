@@ -64,27 +64,29 @@ class PromptTokens:
 def describe(places: Ints, ids: Tensor, logits: Tensor, detail: NDArray[np.void]) -> Tokens:
     """Tokens [n] that follow positions with the logits [n, vocab]; detail [n] is what their sequences requested."""
     logprobs = alternatives = None
-    if detail["logprobs"].any():
-        logprobs = to_host(sampler.logprobs(logits, ids))
-    if detail["top_logprobs"].any():
-        alternatives = _alternatives(detail["top_logprobs"], logits)
+    scored, listed = detail["logprobs"].any(), detail["top_logprobs"].any()
+    if scored or listed:
+        totals = sampler.totals(logits)
+        logprobs = to_host(sampler.logprobs(logits, ids, totals)) if scored else None
+        alternatives = _alternatives(detail["top_logprobs"], logits, totals) if listed else None
     return Tokens(places, to_host(ids), logprobs, alternatives)
 
 
 def describe_prompt(ids: Tensor, logits: Tensor, alternatives: Ints | None) -> PromptTokens:
     """Prompt tokens [n] that follow positions with the logits [n, vocab], with `alternatives[i]` alternatives for token
     i; None if no token in the plan has any."""
+    totals = sampler.totals(logits)
     return PromptTokens(
-        to_host(sampler.logprobs(logits, ids)),
+        to_host(sampler.logprobs(logits, ids, totals)),
         to_host(sampler.ranks(logits, ids)),
-        None if alternatives is None else _alternatives(alternatives, logits),
+        None if alternatives is None else _alternatives(alternatives, logits, totals),
     )
 
 
-def _alternatives(wanted: Ints, logits: Tensor) -> Alternatives:
+def _alternatives(wanted: Ints, logits: Tensor, totals: Tensor) -> Alternatives:
     """The wanted[i] likeliest tokens of each row of the logits [n, vocab]."""
     counts = np.minimum(wanted, logits.shape[-1])
-    likeliest, values = sampler.likeliest(logits, max(1, int(counts.max())))
+    likeliest, values = sampler.likeliest(logits, max(1, int(counts.max())), totals)
     return Alternatives(counts, to_host(likeliest), to_host(values))
 
 
