@@ -19,7 +19,7 @@ from loraplex_protos.generation_pb2_grpc import GenerationServiceStub
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.batches.folder import BatchFolder
-from loraplex_router.engine.output import Generation
+from loraplex_router.engine.generation import Generation
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.stores import MemoryStore
 from loraplex_router.service.response_store import ResponseStore
