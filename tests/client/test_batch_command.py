@@ -81,7 +81,7 @@ def test_a_line_that_nobody_could_answer_is_sent_again_by_the_next_call(
 
 @pytest.mark.parametrize("url", [Answering], indirect=True)
 def test_after_a_full_disk_the_next_call_goes_on(requests: Path, tmp_path: Path, url: str) -> None:
-    requests.write_text("".join(json.dumps({**LINE, "custom_id": f"{number}"}) + "\n" for number in range(9)))
+    requests.write_text("".join(json.dumps({**LINE, "custom_id": f"\u2028{number}"}) + "\n" for number in range(9)))
     answers = tmp_path / "answers.jsonl"
     with full_disk(300):  # room for some answers
         result = batch(requests, answers, url)
@@ -89,4 +89,4 @@ def test_after_a_full_disk_the_next_call_goes_on(requests: Path, tmp_path: Path,
     assert answers.stat().st_size == 300
     assert batch(requests, answers, url).exit_code == 0
     rows = [json.loads(line)["custom_id"] for line in answers.read_text().splitlines()]
-    assert sorted(rows) == [f"{number}" for number in range(9)]
+    assert sorted(rows) == [f"\u2028{number}" for number in range(9)]

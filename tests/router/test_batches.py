@@ -90,22 +90,25 @@ async def test_every_line_is_answered_once_as_the_route_itself_answers(tmp_path:
     client = world.client()
     async with world.running():
         wrong = line(90, body=BODY | {"temperature": -1})
+        odd = line(91, custom_id="a line\u2028break, and \x85")
         chosen = line(92, body=BODY | {"model": "a"})
-        batch = await create(client, text(*map(line, range(20)), wrong, chosen), metadata={"for": "test"})
+        batch = await create(client, text(*map(line, range(20)), wrong, odd, chosen), metadata={"for": "test"})
         assert batch.status == "validating" and batch.object == "batch"
         batch = await ended(client, batch)
         assert batch.status == "completed" and batch.metadata == {"for": "test"}
-        assert batch.request_counts and batch.request_counts.model_dump() == {"total": 22, "completed": 21, "failed": 1}
+        assert batch.request_counts and batch.request_counts.model_dump() == {"total": 23, "completed": 22, "failed": 1}
         found, failed = await rows(client, batch.output_file_id), await rows(client, batch.error_file_id)
         alone = await client.completions.create(**BODY)
-    assert sorted(row["custom_id"] for row in found) == sorted([*(f"line {n}" for n in range(20)), "line 92"])
+    assert sorted(row["custom_id"] for row in found) == sorted(
+        [*(f"line {n}" for n in range(20)), odd["custom_id"], "line 92"]
+    )
     assert {row["response"]["body"]["choices"][0]["text"] for row in found if row["custom_id"] != "line 92"} == {
         alone.choices[0].text
     }
     assert all(row["response"]["request_id"] and row["response"]["status_code"] == 200 for row in found)
     assert {row["custom_id"]: row["response"]["status_code"] for row in failed} == {"line 90": 400}
     assert failed[0]["response"]["body"]["error"]["message"]
-    assert batch.usage and batch.usage.output_tokens == 21 * 5
+    assert batch.usage and batch.usage.output_tokens == 22 * 5
     assert [file.purpose async for file in client.files.list(purpose="batch_output")] == ["batch_output"] * 2
 
 
@@ -199,6 +202,7 @@ async def test_a_cancelled_batch_keeps_what_it_has_answered(tmp_path: Path) -> N
         async with asyncio.timeout(30):
             while not (batch := await client.batches.retrieve(batch.id)).request_counts.completed:
                 await asyncio.sleep(0.05)
+        assert batch.output_file_id is None  # there is nothing to read yet
         assert (await client.batches.cancel(batch.id)).status == "cancelling"
         batch = await ended(client, batch)
         assert batch.status == "cancelled" and batch.cancelled_at and batch.cancelling_at
@@ -345,19 +349,13 @@ async def test_a_full_disk_delays_lines_and_loses_none(
         async with world.running(), asyncio.timeout(30):
             while sum("stopped" in record.message for record in caplog.records) < 3:
                 await asyncio.sleep(0.05)
-            written = await asyncio.to_thread(world.folder.content, "", await output(client, batch))
+            (written,) = tmp_path.glob(f"*/files/{world.folder.batch('', batch.id).output_file_id}/content")
             kept = written.read_bytes()
     assert kept.count(b"\n") > 1 and kept.endswith(b"\n")
     async with world.running():
         batch = await ended(client, batch)
         found = await rows(client, batch.output_file_id)
     assert sorted(row["custom_id"] for row in found) == [f"line {n}" for n in range(9)]
-
-
-async def output(client: AsyncOpenAI, batch: Batch) -> str:
-    found = (await client.batches.retrieve(batch.id)).output_file_id
-    assert found is not None
-    return found
 
 
 async def test_what_a_full_disk_refuses_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -198,6 +198,14 @@ async def test_a_failure_of_a_whole_answer_is_a_500(setup: Setup, path: str):
     assert client.status == 500
 
 
+@pytest.mark.parametrize("write", [sse.event, sse.named_event])
+def test_an_event_is_one_line_to_clients_that_divide_it_at_unicodes_line_ends_too(write: Any):
+    data = {"type": "delta", "text": "a\u2028b\u2029c\x85d\ve\x1cf é 漢 😀"}
+    line, end = write(data).decode().splitlines()[-2:]  # as httpx's iter_lines does
+    assert json.loads(line.removeprefix("data: ")) == data and end == ""
+    assert "é 漢 😀" in line
+
+
 @pytest.mark.parametrize("path", STREAMS)
 async def test_a_draining_server_answers_503(setup: Setup, path: str):
     setup.service.requests.draining = True

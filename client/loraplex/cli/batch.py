@@ -19,6 +19,7 @@ from loraplex.cli.connection import ApiKey
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 BEGINNING = b'{"id"'  # of an answer
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # to str.splitlines, though not in JSON
 BUSY = (429, 503)
 LONGEST_WAIT = 30.0  # seconds before a line that met a busy server is sent again
 SECONDS = 3600.0  # without a byte of an answer, until the server counts as unreachable
@@ -145,7 +146,7 @@ def _write(answer: Future[Line], output: IO[bytes]) -> bool:
         typer.echo("error: the server does not know this API key: give another one with --api-key", err=True)
         raise typer.Exit(1)
     try:
-        data = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        data = json.dumps(row, ensure_ascii=False).translate(LINE_ENDS).encode() + b"\n"
         while data:
             data = data[os.write(output.fileno(), data) :]
         os.fsync(output.fileno())

@@ -11,6 +11,7 @@ import orjson
 from loraplex_router.batches.folder import BatchFolder, lines
 from loraplex_router.batches.reading import Line, check_lines, read_line
 from loraplex_router.batches.records import BatchRecord, Counts, LineErrors, Status, Usage, new_file_id
+from loraplex_router.text.json_lines import dump_line
 
 Body = dict[str, Any]
 
@@ -113,7 +114,7 @@ class Job:
     def _append(self, file: IO[bytes], line: Line, response: Body | None, error: Body | None) -> None:
         id = f"batch_req_{secrets.token_hex(12)}"
         row = {"id": id, "custom_id": line.custom_id, "response": response, "error": error}
-        data, end = orjson.dumps(row) + b"\n", file.seek(0, os.SEEK_END)
+        data, end = dump_line(row) + b"\n", file.seek(0, os.SEEK_END)
         try:
             while data:  # without the file's buffer, which would keep what a full disk did not take
                 data = data[os.write(file.fileno(), data) :]

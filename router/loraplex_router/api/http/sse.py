@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-import orjson
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
@@ -16,6 +15,7 @@ from loraplex_router.engine.delta import Delta
 from loraplex_router.engine.generation import Generation
 from loraplex_router.journal.stream import Stream
 from loraplex_router.service.service import Service
+from loraplex_router.text.json_lines import dump_line
 
 KEEP_ALIVE_SECONDS = 15.0  # as in LoRAX
 COMMENT = b":\n\n"
@@ -29,12 +29,12 @@ def describe_events(description: str) -> dict[str, Any]:
 
 
 def event(data: Mapping[str, Any]) -> bytes:
-    return b"data: %b\n\n" % orjson.dumps(data)
+    return b"data: %b\n\n" % dump_line(data)
 
 
 def named_event(data: Mapping[str, Any]) -> bytes:
     """An event that has its data's type as its name."""
-    return b"event: %b\ndata: %b\n\n" % (data["type"].encode(), orjson.dumps(data))
+    return b"event: %b\ndata: %b\n\n" % (data["type"].encode(), dump_line(data))
 
 
 class EventStream(Response):

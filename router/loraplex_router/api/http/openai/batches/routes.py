@@ -131,13 +131,18 @@ async def list_batches(call: Call, limit: Annotated[int, Query(ge=1, le=100)] = 
 @router.get("/batches/{batch_id}", response_model=BatchRecord, responses=only(ERRORS, 401, 404))
 async def retrieve_batch(batch_id: str, call: Call) -> BatchRecord:
     """How far a batch is."""
-    return await _ask(call, lambda folder, tenant: folder.batch(tenant, batch_id))
+    return _shown(await _ask(call, lambda folder, tenant: folder.batch(tenant, batch_id)))
 
 
 @router.post("/batches/{batch_id}/cancel", response_model=BatchRecord, responses=only(ERRORS, 401, 404))
 async def cancel_batch(batch_id: str, call: Call) -> BatchRecord:
     """Stops a batch within seconds. What it has answered so far can be read."""
-    return await _ask(call, lambda folder, tenant: folder.cancel(tenant, batch_id))
+    return _shown(await _ask(call, lambda folder, tenant: folder.cancel(tenant, batch_id)))
+
+
+def _shown(batch: BatchRecord) -> BatchRecord:
+    """Without the ids of files that cannot be read yet: clients wait for one to read its file."""
+    return batch if batch.status.final else batch.model_copy(update={"output_file_id": None, "error_file_id": None})
 
 
 def _folder(call: RouteCall) -> tuple[BatchFolder, str]:
