@@ -260,6 +260,19 @@ def test_adapters_are_loaded_listed_and_unloaded_under_both_routes_names(server:
     assert call(server, "/adapters/unload", {"digest": pinned["digest"]})[0] == 404
 
 
+def test_adapters_are_loaded_pinned_and_unloaded_by_sglangs_routes(server: Server):
+    name = {"lora_name": "second"}
+    loaded = read(server, "/load_lora_adapter", {**name, "lora_path": "/adapters/second", "pinned": True})
+    assert loaded["success"] and loaded["loaded_adapters"]["second"] == "second"
+    assert next(each["pinned"] for each in read(server, "/adapters") if each["id"] == "second")
+    gone = read(server, "/unload_lora_adapter", name)
+    assert gone["success"] and "second" not in gone["loaded_adapters"]
+    status, _, refused = call(server, "/load_lora_adapter", {**name, "lora_path": "/etc"})
+    assert status == 400 and "`lora_path` must be, or end in, 'second'" in refused
+    assert json.loads(refused)["success"] is False
+    assert call(server, "/unload_lora_adapter", name)[0] == 404
+
+
 def test_adapters_are_listed_in_pages_if_requested(server: Server):
     everything = [adapter["id"] for adapter in read(server, "/adapters")]
     found = list[str]()

@@ -29,6 +29,8 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("/v1/embeddings", {"input": ["some", "text"], "encoding_format": "base64"}),
     ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "red"}),
     ("/v1/unload_lora_adapter", {"lora_name": "a"}),
+    ("/load_lora_adapter", {"lora_name": "a", "lora_path": "red", "pinned": True}),
+    ("/unload_lora_adapter", {"lora_name": "a"}),
     ("/generate", {"inputs": "Hi", "parameters": {"max_new_tokens": 2, "adapter_id": "red", "details": True}}),
     ("/generate_stream", {"inputs": "Hi", "parameters": {"max_new_tokens": 2, "best_of": 1, "seed": 3}}),
     ("/", {"inputs": "Hi", "stream": True, "parameters": {"max_new_tokens": 2, "return_full_text": True}}),

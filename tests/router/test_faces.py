@@ -1,15 +1,18 @@
 """Each path belongs to one face, which also answers errors that occur before a route is found."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fastapi.routing import APIRoute
 
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.api.http import admin, lorax, openai
 from loraplex_router.api.http.app import FACES
 from loraplex_router.api.http.face import Face, face_of
+from loraplex_router.api.http.other_servers import HINTS
 from tests.router.test_engine import Setup
 from tests.router.test_http_streams import Client
 from tests.router.test_keys import hashed
@@ -54,6 +57,20 @@ async def test_requests_without_a_route_are_answered_in_the_form_of_the_path(pat
         assert all(part in client.bodies[0] for part in (said, routes, ", /generate, ", ", /v1/chat/completions, "))
 
 
+@pytest.mark.parametrize("path", HINTS)
+async def test_paths_of_other_servers_say_what_to_call_here(path: str):
+    client = Client(Setup(), path, {})
+    await client.run()
+    assert client.status == 404 and HINTS[path] in client.bodies[0]
+
+
+def test_what_they_say_to_call_exists():
+    routes = ((face.prefix, route) for face in FACES for router in face.routers for route in router.routes)
+    there = {prefix + route.path for prefix, route in routes if isinstance(route, APIRoute)}
+    named = {path for hint in HINTS.values() for path in re.findall(r"(?:GET|POST) (/[a-z0-9/]+)", hint)}
+    assert named <= there and not HINTS.keys() & there
+
+
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [
@@ -65,12 +82,13 @@ async def test_requests_without_a_route_are_answered_in_the_form_of_the_path(pat
         ("/adapters/load", {"id": "../x"}, "id"),
         ("/adapters/load", {}, "id"),
         ("/adapters/load", [], "body"),
+        ("/load_lora_adapter", {"lora_path": "a"}, "lora_name"),
     ],
 )
 async def test_errors_name_fields_as_this_face_does(path: str, body: object, field: str):
     client = Client(Setup(), path, body)
     await client.run()
-    assert client.status == (400 if path.startswith("/v1") else 422) and f"`{field}` " in client.bodies[0]
+    assert client.status == (400 if path.startswith(("/v1", "/load")) else 422) and f"`{field}` " in client.bodies[0]
 
 
 @pytest.mark.parametrize("name", ["absent", "forbidden", "plan@7"])

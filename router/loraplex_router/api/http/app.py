@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
-from loraplex_router.api.http import admin, lorax, messages, openai, playground, scoring
+from loraplex_router.api.http import admin, lorax, messages, openai, playground, scoring, sglang
 from loraplex_router.api.http.body_limit import BodyLimit
 from loraplex_router.api.http.draining import Draining
 from loraplex_router.api.http.face import face_of, install_faces
@@ -18,7 +18,7 @@ from loraplex_router.api.http.rate_limits import RateLimits
 from loraplex_router.api.http.slashes import Slashes
 from loraplex_router.service.service import Service
 
-FACES = (lorax.FACE, *openai.FACES, messages.FACE, admin.FACE, *scoring.FACES, playground.FACE)
+FACES = (lorax.FACE, *openai.FACES, messages.FACE, admin.FACE, *scoring.FACES, *sglang.FACES, playground.FACE)
 
 
 def create_app(

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from loraplex_protos.errors import InvalidRequestError, LoraplexError, quote
 from loraplex_router.api.http.errors import error_headers, read_error, rename_fields
+from loraplex_router.api.http.other_servers import HINTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ def install_faces(app: FastAPI, faces: Sequence[Face]) -> None:
 
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code == 404:
-            error = HTTPException(404, f"Not Found: {quote(request.url.path)} is not one of {', '.join(paths)}")
+            hint = HINTS.get(request.url.path) or f"is not one of {', '.join(paths)}"
+            error = HTTPException(404, f"Not Found: {quote(request.url.path)} {hint}")
         return face_of(request.url.path, faces).answer(read_error(error))
 
     for kind in (LoraplexError, RequestValidationError, HTTPException, ClientDisconnect, Exception):

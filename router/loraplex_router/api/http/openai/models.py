@@ -5,28 +5,21 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic import BaseModel, Field
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.adapter_names import normal
-from loraplex_protos.errors import (
-    AdapterConflictError,
-    AdapterNotFoundError,
-    FieldViolation,
-    InvalidRequestError,
-    quote,
-)
+from loraplex_protos.errors import AdapterNotFoundError, quote
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.errors import Responses, only
 from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.json_list import write_data
 from loraplex_router.api.http.json_message import enum_names
+from loraplex_router.api.http.named_loads import NamedLoad, NamedUnload, load_named, unload_named
 from loraplex_router.api.http.openai import answers
 from loraplex_router.api.http.openai.pages import cut_page
 from loraplex_router.api.http.openai_errors import ERRORS, OpenaiError
 from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.adapter import OTHER_BASE_NAMES
-from loraplex_router.vocabulary.references import AdapterReference
 
 TIERS = enum_names(pb.AdapterTier.DESCRIPTOR)
 
@@ -40,20 +33,6 @@ CONFLICT: Responses = {409: {"model": OpenaiError, "description": "The name is n
 IN_USE: Responses = {409: {"model": OpenaiError, "description": "Sequences still need the adapter."}}
 
 router = APIRouter(route_class=JsonRoute)
-
-
-class VllmLoad(BaseModel):
-    lora_name: str
-    lora_path: str | None = Field(
-        default=None, description="The same name, or a path that ends in it; with --adapter-registry, any adapter's id."
-    )
-    load_inplace: bool | None = Field(
-        default=None, description="Replace what has a name of the registry. An adapter's own name is always read again."
-    )
-
-
-class VllmUnload(BaseModel):
-    lora_name: str
 
 
 @router.get("/models", tags=["OpenAI"], responses={200: {"model": answers.ModelList}, **only(ERRORS, 400, 401, 503)})
@@ -78,32 +57,18 @@ async def model(model: str, call: Call) -> Response:
 
 
 @router.post("/load_lora_adapter", tags=["Adapters"], response_class=Response, responses={**ANSWERS, **CONFLICT})
-async def vllm_load(body: VllmLoad, call: Call) -> Response:
+async def vllm_load(body: NamedLoad, call: Call) -> Response:
     """Loads an adapter, as vLLM does. It is served under its own name, or with --adapter-registry under any: then it is
     registered as a version of that name."""
-    path, adapters = body.lora_path or body.lora_name, call.service.adapters
-    if path == body.lora_name or path.endswith(f"/{body.lora_name}"):
-        status = await adapters.load(AdapterReference(body.lora_name), call.key)
-    elif adapters.registers:
-        if not body.load_inplace and adapters.has_name(body.lora_name, call.key):
-            raise AdapterConflictError(f"{quote(body.lora_name)} exists: set load_inplace to replace it")
-        expected = None if body.load_inplace else 0
-        status = await adapters.register(body.lora_name, AdapterReference(path), expected, call.key)
-    else:
-        only = f"must be, or end in, {quote(body.lora_name)}; other names need a server with --adapter-registry"
-        raise InvalidRequestError(FieldViolation("lora_path", only))
+    status = await load_named(body, call)
     done = f"Success: LoRA adapter '{body.lora_name}' added successfully."
     return PlainTextResponse("\n".join((done, *(f"Warning: {warning}" for warning in status.warnings))))
 
 
 @router.post("/unload_lora_adapter", tags=["Adapters"], response_class=Response, responses={**ANSWERS, **IN_USE})
-async def vllm_unload(body: VllmUnload, call: Call) -> Response:
+async def vllm_unload(body: NamedUnload, call: Call) -> Response:
     """Unloads an adapter, as vLLM does. A name in the registry, or of an upload, is removed."""
-    adapters = call.service.adapters
-    if adapters.has_name(body.lora_name, call.key):
-        await adapters.remove(body.lora_name, expected_version=None, key=call.key)
-    else:
-        await adapters.unload(AdapterReference(body.lora_name), key=call.key)
+    await unload_named(body, call)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

@@ -1,0 +1,57 @@
+"""SGLang's /load_lora_adapter and /unload_lora_adapter."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from loraplex_protos.errors import LoraplexError
+from loraplex_protos.generation_pb2 import ADAPTER_TIER_DEVICE, ADAPTER_TIER_HOST
+from loraplex_router.api.http.call import Call, RouteCall
+from loraplex_router.api.http.errors import Responses, describe, document_errors
+from loraplex_router.api.http.json_body import JsonRoute
+from loraplex_router.api.http.named_loads import NamedLoad, NamedUnload, load_named, unload_named
+from loraplex_router.vocabulary.references import AdapterReference
+
+
+class Load(NamedLoad):
+    pinned: bool | None = Field(default=None, description="Keep it on the device until it is unpinned or unloaded.")
+
+
+class Result(BaseModel):
+    success: bool
+    error_message: str = ""
+    loaded_adapters: dict[str, str] = Field(description="Those in memory, by name.")
+
+
+ERRORS: Responses = document_errors(Result, {400: "A field is wrong.", 404: "No such adapter.", 409: "It is in use."})
+
+loading = APIRouter(tags=["Adapters"], route_class=JsonRoute)
+unloading = APIRouter(tags=["Adapters"], route_class=JsonRoute)
+
+
+@loading.post("", responses=ERRORS)
+async def load_lora_adapter(body: Load, call: Call) -> Result:
+    """Loads an adapter, as SGLang does. It is served under its own name, or with --adapter-registry under any."""
+    await load_named(body, call)
+    if body.pinned:
+        await call.service.adapters.pin(AdapterReference(body.lora_name), call.key)
+    return await _success(call)
+
+
+@unloading.post("", responses=ERRORS)
+async def unload_lora_adapter(body: NamedUnload, call: Call) -> Result:
+    """Unloads an adapter once no sequence needs it, as SGLang does. A name in the registry, or of an upload, is
+    removed."""
+    await unload_named(body, call, wait=True)
+    return await _success(call)
+
+
+def write_error(error: LoraplexError) -> dict[str, Any]:
+    return {"success": False, "error_message": describe(error), "loaded_adapters": {}}
+
+
+async def _success(call: RouteCall) -> Result:
+    listed = (await call.service.adapters.list(call.key)).adapters
+    loaded = [each.id for each in listed if each.tier in (ADAPTER_TIER_HOST, ADAPTER_TIER_DEVICE)]
+    return Result(success=True, loaded_adapters=dict(zip(loaded, loaded, strict=True)))
