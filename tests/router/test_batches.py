@@ -173,6 +173,7 @@ async def test_only_one_router_runs_the_batches_of_a_folder_and_another_takes_ov
         (b"\n \n", [(None, "empty_file")]),
         (b"{not json\n" + text(line(1)), [(1, "invalid_json_line")]),
         (b"\n[1]\n", [(2, "invalid_json_line")]),
+        (text(line(1), line(2, body=json.loads('{"a":' * 300 + "1" + "}" * 300))), [(2, "invalid_json_line")]),
         (text(line(1), line(2), line(1)), [(3, "duplicate_custom_id")]),
         (text(line(1, url="/v1/chat/completions")), [(1, "mismatched_url")]),
         (text(line(1, method="GET"), line(2, body=None)), [(1, "invalid_request"), (2, "invalid_request")]),

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from loraplex_router.batches.records import LineError
+from loraplex_router.text.json_limits import check_structure
 
 MOST_LINES = 50_000  # OpenAI's limit
 MOST_ERRORS = 100  # that are reported
@@ -21,6 +22,12 @@ class Line:
 
 
 def read_line(text: bytes, endpoint: str) -> Line | LineError:
+    try:
+        check_structure(
+            text
+        )  # as the route does, which the line would otherwise not reach: it is written as JSON again
+    except ValueError as error:
+        return LineError(code="invalid_json_line", message=f"This line {error}.")
     try:
         sent = orjson.loads(text.removeprefix(BOM_UTF8))  # which some editors write at the beginning
     except ValueError:

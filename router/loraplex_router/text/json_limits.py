@@ -50,6 +50,13 @@ class JsonStructure:
             )
 
 
+def check_structure(text: bytes) -> None:
+    """Raises ValueError if the JSON text exceeds a limit. Other threads run meanwhile."""
+    structure = JsonStructure()
+    for start in range(0, len(text), SLICE):
+        structure.feed(text[start : start + SLICE])
+
+
 async def parse_body(body: bytes) -> Any:
     """The value of a whole body. Other tasks run while it is scanned. Raises ValueError as `parse` does."""
     structure = JsonStructure()
@@ -67,7 +74,7 @@ def parse(text: str) -> Any:
     standard library accepts but which are not characters and cannot be encoded.
     """
     encoded = text.encode(errors="surrogatepass")
-    JsonStructure().feed(encoded)
+    check_structure(encoded)
     return _parse(encoded)
 
 
