@@ -207,6 +207,24 @@ async def test_a_grpc_client_that_does_not_read_is_given_up(monkeypatch: pytest.
     await server.stop(0)
 
 
+async def test_a_grpc_client_that_pings_often_keeps_its_connection():
+    server = GrpcServer(GenerationServiceServicer(), LIMIT)
+    grpc_port = await server.start("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", grpc_port)
+    settings, ping = bytes(3) + b"\x04" + bytes(5), b"\x00\x00\x08\x06" + bytes(5) + b"a ping.."  # frames of HTTP/2
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+    answered = 0
+    while answered < 20:
+        writer.write(ping)
+        head = await reader.readexactly(9)
+        await reader.readexactly(int.from_bytes(head[:3]))
+        kind, answers = head[3], head[4] & 1
+        assert kind != 7  # GOAWAY
+        answered += kind == 6 and answers
+    writer.close()
+    await server.stop(0)
+
+
 async def test_a_draining_grpc_server_has_clients_connect_elsewhere_and_finishes_their_calls():
     begun, go_on = asyncio.Event(), asyncio.Event()
 

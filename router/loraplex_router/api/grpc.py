@@ -47,8 +47,8 @@ MAX_SPANS = 2**17  # an answer of some 4 MB
 
 SERVER_OPTIONS = (
     ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a limit holds for a message as it arrives
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
+    # Clients and proxies may ping as often as they like: the penalty is to lose the connection, and all calls on it.
+    ("grpc.http2.max_ping_strikes", 0),
     # Clients connect anew every ten minutes, without harm to calls in progress: only then do they look for new routers.
     ("grpc.max_connection_age_ms", 600_000),
     ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a lottery
