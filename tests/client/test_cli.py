@@ -106,6 +106,10 @@ def test_without_a_server_it_says_how_to_start_one() -> None:
 def test_a_folder_without_an_adapter_is_not_uploaded(address: str, tmp_path: Path) -> None:
     result = run("adapters", "upload", "policy", str(tmp_path), server=address)
     assert result.exit_code == 2 and "has no adapter_config.json and no .gguf file" in result.output
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "adapter_config.json").touch()
+    result = run("adapters", "upload", "policy", str(tmp_path), server=address)
+    assert f"did you mean {tmp_path}/checkpoint-5?" in " ".join(result.output.split())
 
 
 def test_an_interrupt_ends_the_generation_on_the_server(address: str, servicer: ScriptedServicer) -> None:

@@ -342,17 +342,6 @@ def test_a_missing_file_is_named(directory: Path, name: str) -> None:
         locate(directory)
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [("lora.nemo", "target='hf-peft'"), ("readme.md", "this is not an adapter of PEFT, MLX-LM or llama.cpp")],
-)
-def test_another_trainers_format_is_called_what_it_is(directory: Path, name: str, reason: str) -> None:
-    (directory / CONFIG).unlink()
-    (directory / TENSORS).rename(directory / name)
-    with pytest.raises(AdapterInvalidError, match=f"{CONFIG} is missing: .*{reason}"):
-        locate(directory)
-
-
 def test_a_file_over_its_size_limit_is_refused_unread(directory: Path) -> None:
     with (directory / TENSORS).open("r+b") as file:
         file.truncate(4 * 2**30 + 1)  # a sparse file

@@ -168,7 +168,11 @@ def upload_adapter(
     paths |= {folder.name: folder} if folder.is_file() else {}
     files = {file: path.read_bytes() for file, path in paths.items() if path.is_file()}
     if not any(file == UPLOADED[0] or file.endswith(".gguf") for file in files):
-        raise typer.BadParameter(f"{folder} has no adapter_config.json and no .gguf file", param_hint="folder")
+        inside = " or ".join(str(config.parent) for config in sorted(folder.glob(f"*/{UPLOADED[0]}"))[-5:])
+        raise typer.BadParameter(
+            f"{folder} has no adapter_config.json and no .gguf file" + (inside and f"; did you mean {inside}?"),
+            param_hint="folder",
+        )
     with connected(server, api_key) as client, Console(stderr=True).status(f"Uploading {escape(name)}"):
         adapter = client.upload_adapter(name, files, expected_version=expected_version)
     _report("Uploaded", adapter, f"lora_rank {adapter.lora_rank}", decimal(adapter.size_bytes))

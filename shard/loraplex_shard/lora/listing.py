@@ -26,6 +26,7 @@ from loraplex_shard.lora.sources.files import (
     check_size,
 )
 from loraplex_shard.lora.sources.folders import CACHED, cached_id, find_snapshot, is_inside
+from loraplex_shard.lora.sources.other_forms import is_other
 from loraplex_shard.lora.weights.deltas import Invocation
 
 _TELLING = frozenset({CONFIG, TENSORS, PICKLE, MLX_TENSORS})  # a folder with any of these is an adapter
@@ -136,6 +137,8 @@ class LocalListing:
             outside = any(entry.is_symlink() and not self._holds(entry.path) for entry in files)
             fault = f"its files: {_OUTSIDE}" if outside else ""
             held = frozenset(entry.name for entry in files)
+            if held.isdisjoint((TENSORS, MLX_TENSORS)):
+                held |= {entry.name for entry in entries if is_other(entry.name)}
             settled = time.time_ns() - changed > SETTLED_NS and not outside
             self._scanned[folder] = _Scanned(changed if settled else None, held, fault)
             yield _Found("/".join(names), folder, held, fault)

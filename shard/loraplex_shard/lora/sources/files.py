@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loraplex_protos.errors import AdapterInvalidError
 from loraplex_shard.lora.sources.model_config import MAX_MODEL_CONFIG, MODEL_CONFIG, ModelConfig, read_model_config
+from loraplex_shard.lora.sources.other_forms import is_other, why_no_adapter
 from loraplex_shard.lora.sources.text_files import MAX_TEMPLATE, TEXT_SIZE_LIMITS, AdapterText, read_text, text_files
 
 CONFIG = "adapter_config.json"
@@ -30,15 +31,6 @@ SIZE_LIMITS = {
 KNOWN = (CONFIG, TENSORS, PICKLE, MLX_TENSORS, MODEL_CONFIG, *TEXT_SIZE_LIMITS)
 
 _CHUNK = 2**24
-# What else trainers save, by the ends of files' names, and what can be done with it.
-_OTHER_FORMATS = {
-    ".nemo": "NeMo's format is not read: llm.export_ckpt(..., target='hf-peft') in NeMo converts it",
-    ".distcp": "NeMo's format is not read: llm.export_ckpt(..., target='hf-peft') in NeMo converts it",
-}
-_CONVERT = (
-    f"""python -c "import torch, safetensors.torch as s; s.save_file({{n: t.contiguous().clone() for n, t in"""
-    f""" torch.load('{PICKLE}', map_location='cpu', weights_only=True).items()}}, '{TENSORS}')\""""
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +69,7 @@ def choose(sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 def is_telling(name: str) -> bool:
     """Whether a file with this name matters for an adapter."""
-    return name in KNOWN or name.endswith((GGUF, *_OTHER_FORMATS)) or bool(text_files([name]))
+    return name in KNOWN or name.endswith(GGUF) or bool(text_files([name])) or is_other(name)
 
 
 def assemble(contents: Mapping[str, memoryview]) -> AdapterFiles:
@@ -103,15 +95,14 @@ def check_names(names: frozenset[str]) -> str:
             raise AdapterInvalidError(f"{files[0]} and {files[1]}: put each GGUF file into a folder of its own")
         return files[0]
     if CONFIG not in names:
-        others = [said for ending, said in _OTHER_FORMATS.items() if any(name.endswith(ending) for name in names)]
-        reason = others[0] if others else "this is not an adapter of PEFT, MLX-LM or llama.cpp"
+        beside = next((f"PEFT writes it beside {name}" for name in (TENSORS, PICKLE) if name in names), "")
+        reason = beside or why_no_adapter(names) or "this is not an adapter of PEFT, MLX-LM or llama.cpp"
         raise AdapterInvalidError(f"{CONFIG} is missing: {reason}")
     for name in TENSORS, MLX_TENSORS:
         if name in names:
             return name
-    if PICKLE in names:
-        raise AdapterInvalidError(f"{PICKLE} is a pickle file, which could run any code. This converts it: {_CONVERT}")
-    raise AdapterInvalidError(f"{TENSORS} is missing")
+    reason = why_no_adapter(names)
+    raise AdapterInvalidError(f"{TENSORS} is missing{reason and ': '}{reason}")
 
 
 def check_kind(name: str, mode: int) -> None:

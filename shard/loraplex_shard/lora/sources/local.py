@@ -3,14 +3,17 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, quote
-from loraplex_shard.lora.sources.files import check_kind, is_telling, read_file
+from loraplex_shard.lora.sources.files import CONFIG, check_kind, is_telling, read_file
 from loraplex_shard.lora.sources.folders import find_folder, is_inside
 from loraplex_shard.lora.sources.patience import Progress
 from loraplex_shard.lora.sources.protocol import File, Origin, Source
 from loraplex_shard.lora.sources.text_files import NAMED_TEMPLATES
+
+MOST_BELOW = 1000  # files in folders below one that is not an adapter, which are looked at to say why
 
 
 class LocalSource(Source):
@@ -61,9 +64,18 @@ class LocalSource(Source):
         names = os.listdir(directory)
         if (directory / NAMED_TEMPLATES).is_dir() and is_inside(directory / NAMED_TEMPLATES, self._root):
             names += [f"{NAMED_TEMPLATES}/{name}" for name in os.listdir(directory / NAMED_TEMPLATES)]
+        if CONFIG not in names:
+            names += islice(_below(directory), MOST_BELOW)
         for name in names:
             if is_telling(name) and is_inside(directory / name, self._root):
                 yield name, (directory / name).resolve()
+
+
+def _below(directory: Path) -> Iterator[str]:
+    """The files in folders below this one."""
+    for folder, _, names in os.walk(directory):
+        if folder != str(directory):
+            yield from (Path(folder, name).relative_to(directory).as_posix() for name in names)
 
 
 def _state(path: Path) -> File:
