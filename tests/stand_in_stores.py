@@ -1,5 +1,4 @@
-"""Object stores on loopback: S3, Google Cloud Storage and Azure Blob Storage, as far as obstore needs them to read
-objects.
+"""Object stores on loopback: S3, Google Cloud Storage and Azure Blob Storage, as far as obstore needs them.
 
     with StandInS3(monkeypatch) as store:
         store.objects["bucket/folder/adapter_config.json"] = b"..."
@@ -14,7 +13,8 @@ import ssl
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from email.utils import parsedate_to_datetime
+from http.server import ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -24,6 +24,8 @@ import google_crc32c
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from tests.stand_in_writes import Objects, Writes
 
 SECRET = "c2VjcmV0LXRoYXQtbm8tbWVzc2FnZS1zaG93cw=="
 CREATED = "Wed, 21 Oct 2015 07:28:00 GMT"
@@ -42,8 +44,9 @@ class StandInStore(ABC):
     signature = "no signature"  # in the address of clients that may read
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tls: ssl.SSLContext | None = None) -> None:
-        self.objects: dict[str, bytes] = {}
+        self.objects = Objects()
         self.hidden: set[str] = set()
+        self.conditional = True  # whether it honours conditions of writes
         self.listed = True  # whether it lists objects
         self.requests: list[str] = []
         self.failure: int | None = None  # the status of all answers, if set
@@ -69,8 +72,8 @@ class StandInStore(ABC):
         """The variables with the store's address and credentials."""
 
     @abstractmethod
-    def listing(self, objects: Iterable[tuple[str, bytes]]) -> str:
-        """The listing as XML."""
+    def listing(self, objects: Iterable[tuple[str, bytes, str]]) -> str:
+        """The listing as XML. Objects: their names, contents and times of change."""
 
     def tag(self, data: bytes) -> str:
         """The ETag of an object."""
@@ -81,7 +84,7 @@ class StandInStore(ABC):
         return {}
 
     def push(self, folder: str, files: dict[str, bytes]) -> None:
-        self.objects |= {f"{folder}/{name}": data for name, data in files.items()}
+        self.objects.update({f"{folder}/{name}": data for name, data in files.items()})
 
     def hang(self) -> None:
         """Answers nothing until `release`."""
@@ -115,11 +118,11 @@ class StandInS3(StandInStore):
         keys = {"AWS_ACCESS_KEY_ID": "AKIDSTANDIN", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "eu-central-1"}
         return {"AWS_ENDPOINT_URL_S3": url, **keys}
 
-    def listing(self, objects: Iterable[tuple[str, bytes]]) -> str:
+    def listing(self, objects: Iterable[tuple[str, bytes, str]]) -> str:
         entries = (
             f"<Contents><Key>{escape(key)}</Key><Size>{len(data)}</Size><ETag>{escape(self.tag(data))}</ETag>"
-            "<LastModified>2015-10-21T07:28:00.000Z</LastModified></Contents>"
-            for key, data in objects
+            f"<LastModified>{parsedate_to_datetime(changed).isoformat()}</LastModified></Contents>"
+            for key, data, changed in objects
         )
         return f"<ListBucketResult>{''.join(entries)}</ListBucketResult>"
 
@@ -161,20 +164,32 @@ class StandInAzure(StandInStore):
         account = {"AZURE_STORAGE_ACCOUNT_NAME": "standin", "AZURE_STORAGE_ACCOUNT_KEY": SECRET}
         return {"AZURE_STORAGE_ENDPOINT": url, **account}
 
-    def listing(self, objects: Iterable[tuple[str, bytes]]) -> str:
+    def listing(self, objects: Iterable[tuple[str, bytes, str]]) -> str:
         """The real store lists ETags without quotes."""
         entries = (
-            f"<Blob><Name>{escape(key)}</Name><Properties><Last-Modified>{CREATED}</Last-Modified>"
+            f"<Blob><Name>{escape(key)}</Name><Properties><Last-Modified>{changed}</Last-Modified>"
             f"<Etag>{self.tag(data)[1:-1]}</Etag><Content-Length>{len(data)}</Content-Length>"
             "<Content-Type>application/octet-stream</Content-Type></Properties></Blob>"
-            for key, data in objects
+            for key, data, changed in objects
         )
         return f"<EnumerationResults><Blobs>{''.join(entries)}</Blobs><NextMarker/></EnumerationResults>"
 
 
-def _handler_of(store: StandInStore) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
+def _handler_of(store: StandInStore) -> type[Writes]:
+    class Handler(Writes):
         protocol_version = "HTTP/1.1"
+        objects = store.objects
+
+        def tag(self, data: bytes) -> str:
+            return store.tag(data)
+
+        def conditional(self) -> bool:
+            return store.conditional
+
+        def refused(self) -> int:
+            store.wait()
+            store.requests.append(f"{self.command} {unquote(urlsplit(self.path).path).lstrip('/')}")
+            return self._trouble()
 
         def do_HEAD(self) -> None:
             self._answer()
@@ -190,30 +205,33 @@ def _handler_of(store: StandInStore) -> type[BaseHTTPRequestHandler]:
                 return self._list(key.rstrip("/"), query["prefix"][0])
             store.requests.append(f"{self.command} {key}")
             status, data = self._find(key)
-            etag, first = store.tag(data), 0
+            etag, first, end = store.tag(data), 0, len(data)
             if requested := self.headers.get("Range"):
-                first = int(requested.removeprefix("bytes=").partition("-")[0])
-                status = 206
+                start, _, last = requested.removeprefix("bytes=").partition("-")
+                first, end = int(start), min(end, int(last) + 1) if last else end
+                status = 206 if status == 200 else status
             self.send_response(status)
-            self.send_header("Content-Length", str(len(data) - first))
-            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Length", str(end - first))
+            self.send_header("Content-Range", f"bytes {first}-{end - 1}/{len(data)}")
             self.send_header("ETag", etag)
+            self.send_header("x-goog-generation", str(store.objects.version(key)))
             for name, value in (store.more_headers | store.checksums(data)).items():
                 self.send_header(name, value)
-            self.send_header("Last-Modified", CREATED)
+            self.send_header("Last-Modified", store.objects.changed(key, CREATED))
             self.end_headers()
             if self.command == "GET":
                 sent, store.cut = store.cut, None
                 if store.damaged and status < 300:
                     store.damaged -= 1
                     data = data[:-1] + bytes([data[-1] ^ 1])
-                self.wfile.write(data[first:sent])
+                self.wfile.write(data[first : end if sent is None else min(end, sent)])
                 self.close_connection = sent is not None
 
         def _list(self, bucket: str, prefix: str) -> None:
             store.requests.append(f"LIST {bucket}/{prefix}")
             begin, skipped = f"{bucket}/{prefix}", len(bucket) + 1
-            found = ((key[skipped:], data) for key, data in store.objects.items() if key.startswith(begin))
+            named = [(key, data) for key, data in sorted(store.objects.items()) if key.startswith(begin)]
+            found = [(key[skipped:], data, store.objects.changed(key, CREATED)) for key, data in named]
             status = store.failure or (200 if store.listed and self._may_read() else 403)
             code = "AccessDenied" if self._may_read() else "AuthenticationFailed"
             data = store.listing(found).encode() if status == 200 else f"<Error><Code>{code}</Code></Error>".encode()
@@ -226,13 +244,18 @@ def _handler_of(store: StandInStore) -> type[BaseHTTPRequestHandler]:
             signed = store.signature in unquote(self.path)
             return signed or self.headers.get("Authorization", "").startswith(store.authorization)
 
-        def _find(self, key: str) -> tuple[int, bytes]:
+        def _trouble(self) -> int:
             if store.failure is not None:
-                return store.failure, b""
+                return store.failure
             if store.busy:
                 store.busy -= 1
-                return 503, b""
-            if key in store.hidden or not self._may_read():
+                return 503
+            return 0 if self._may_read() else 403
+
+        def _find(self, key: str) -> tuple[int, bytes]:
+            if status := self._trouble():
+                return status, b""
+            if key in store.hidden:
                 return 403, b""
             if key not in store.objects:
                 return 404, b""

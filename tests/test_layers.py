@@ -128,6 +128,7 @@ FOREIGN = {
     "transformers": {"loraplex_shard", "loraplex_router.text.template"},
     "fastapi": {"loraplex_router.api"},
     "redis": {"loraplex_router.store"},
+    "obstore": {"loraplex_protos.object_stores", "loraplex_router.batches", "loraplex_shard.lora.sources"},
 }
 
 

@@ -29,7 +29,7 @@ from loraplex_router.api.http.connection import Connection
 from loraplex_router.api.http.face import build_routes
 from loraplex_router.api.http.inner_calls import InnerCalls
 from loraplex_router.api.tls import Tls
-from loraplex_router.batches.folder import BatchFolder
+from loraplex_router.batches.opening import open_batches
 from loraplex_router.batches.runner import BatchRunner
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.redis_store import RedisStore
@@ -111,7 +111,7 @@ class Router:
             self._journal,
             self._limits,
             settings.stored_responses_mib << 20,
-            BatchFolder(settings.batches, int(settings.batches_gib * 2**30)) if settings.batches else None,
+            open_batches(settings.batches, int(settings.batches_gib * 2**30)) if settings.batches else None,
         )
         self._connections = Connections(
             settings, self._replicas, resolutions, self._service.serve, telemetry, supervisor

@@ -13,6 +13,8 @@ from loraplex_router.wire.discovery import DNS
 MEMORY = "memory"
 STORE = r"(memory|rediss?://(\S*@)?([^\s/?@:]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/\d*)?(\?\S*)?|unix://\S+)?"
 
+BUCKET = r"(s3|gs|az)://[a-z0-9$][a-z0-9._$-]{1,220}(/(?!\.{1,2}(/|$))[^\s/]+)*/?"
+
 
 class EdgeSettings(BaseModel):
     """Where clients reach the router, and its limits."""
@@ -111,10 +113,10 @@ class EdgeSettings(BaseModel):
         description="Memory of the router for responses that later requests refer to (previous_response_id), in MiB. "
         "0: none are kept.",
     )
-    batches: Path | None = Field(
-        None,
-        description="A folder for OpenAI's files and batches, which survive restarts; routers may share it. "
-        "Absent: there are none.",
+    batches: str = Field(
+        "",
+        description="A folder for OpenAI's files and batches, or a bucket (s3://BUCKET/PREFIX, gs:// or az://), which "
+        "survive restarts; routers may share it. Empty: there are none.",
     )
     batches_gib: float = Field(
         8.0, gt=0, description="Room for the files in --batches, inputs and outputs together, in GiB."
@@ -165,6 +167,15 @@ class EdgeSettings(BaseModel):
         if name not in (AUTO, NONE, *FAMILIES):
             raise ValueError(f"{value!r} is not one of {', '.join((AUTO, NONE, *sorted(FAMILIES)))}")
         return name
+
+    @field_validator("batches")
+    @classmethod
+    def _is_a_folder_or_a_bucket(cls, value: str) -> str:
+        if "://" in value and not re.fullmatch(BUCKET, value):
+            raise ValueError(
+                "must be a folder, or a bucket: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX"
+            )
+        return value
 
     @model_validator(mode="after")
     def _has_both_files_of_tls_or_none(self) -> Self:

@@ -5,7 +5,7 @@ import io
 import json
 import time
 from codecs import BOM_UTF8
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -19,10 +19,13 @@ from openai.types import Batch
 
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.api.http.inner_calls import InnerCalls
+from loraplex_router.batches.bucket import BatchBucket
 from loraplex_router.batches.folder import BatchFolder
+from loraplex_router.batches.opening import open_batches
 from loraplex_router.batches.runner import BatchRunner
 from tests.full_disk import full_disk
 from tests.router.test_engine import Setup
+from tests.stand_in_stores import StandInS3
 
 ENDPOINT = "/v1/completions"
 TENANTS = {name: TenantSettings(keys=[sha256(name.encode()).hexdigest()]) for name in ("one", "two")}
@@ -38,13 +41,15 @@ def text(*lines: dict[str, Any]) -> bytes:
 
 
 class World:
-    """A router with a folder for batches, which can be restarted."""
+    """A router with a place for batches, which can be restarted."""
 
-    def __init__(self, path: Path, most_bytes: int = 1 << 20, tenants: dict[str, TenantSettings] | None = None) -> None:
+    def __init__(
+        self, where: Path | str, most_bytes: int = 1 << 20, tenants: dict[str, TenantSettings] | None = None
+    ) -> None:
         self.setup = Setup(tenants=tenants or {})
-        self.folder = self.setup.service.batches = BatchFolder(path, most_bytes)
+        self.batches = self.setup.service.batches = open_batches(str(where), most_bytes)
         inner = InnerCalls(self.setup.app, self.setup.service.keys)
-        self.runner = BatchRunner(self.folder, inner.post, longest=10_000, max_queue=100)
+        self.runner = BatchRunner(self.batches, inner.post, longest=10_000, max_queue=100)
 
     def client(self, key: str = "none") -> AsyncOpenAI:
         transport = httpx2.ASGITransport(self.setup.app, raise_app_exceptions=False)
@@ -82,11 +87,22 @@ async def rows(client: AsyncOpenAI, file_id: str | None) -> list[dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraplex_router.batches.runner.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(BatchFolder, "look_seconds", 0.05)
+    monkeypatch.setattr(BatchBucket, "look_seconds", 0.05)
 
 
-async def test_every_line_is_answered_once_as_the_route_itself_answers(tmp_path: Path) -> None:
-    world = World(tmp_path)
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What --batches names."""
+    if request.param == "folder":
+        yield str(tmp_path)
+    else:
+        with StandInS3(monkeypatch):
+            yield "s3://bucket/team/batches"
+
+
+async def test_every_line_is_answered_once_as_the_route_itself_answers(place: str) -> None:
+    world = World(place)
     client = world.client()
     async with world.running():
         wrong = line(90, body=BODY | {"temperature": -1})
@@ -113,9 +129,9 @@ async def test_every_line_is_answered_once_as_the_route_itself_answers(tmp_path:
 
 
 async def test_a_fault_of_the_server_is_an_answer_to_its_line_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = World(tmp_path)
+    world = World(place)
     client, generate_all = world.client(), world.setup.service.generate_all
 
     async def faulty(requests: Any, *others: Any) -> Any:
@@ -139,9 +155,9 @@ async def test_a_batch_continues_after_a_crash_without_answering_a_line_twice(tm
     async with first.running(), asyncio.timeout(30):
         while not 20 < sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("*/files/*/content")) - 300 < 250:
             await asyncio.sleep(0)
-    record = first.folder.batch("", batch.id)
+    record = first.batches.batch("", batch.id)
     assert record.status == "in_progress" and record.output_file_id
-    with first.folder.content("", record.output_file_id).open("ab") as file:
+    with first.batches.content("", record.output_file_id).open("ab") as file:
         file.write(b'{"id": "batch_req_1", "custom_id": "line 29')  # the crash came while a line was written
     second = World(tmp_path)
     client = second.client()
@@ -153,11 +169,11 @@ async def test_a_batch_continues_after_a_crash_without_answering_a_line_twice(tm
     assert batch.request_counts and batch.request_counts.completed == 300
 
 
-async def test_only_one_router_runs_the_batches_of_a_folder_and_another_takes_over(tmp_path: Path) -> None:
-    one, other = World(tmp_path), World(tmp_path)
+async def test_only_one_router_runs_the_batches_of_a_folder_and_another_takes_over(place: str) -> None:
+    one, other = World(place), World(place)
     async with one.running():
         await asyncio.sleep(0.2)
-        assert not other.folder.lock()
+        assert not other.batches.lock()
         done = await ended(other.client(), await create(other.client(), text(line(1))))
         assert done.status == "completed"
     async with other.running():
@@ -183,9 +199,9 @@ async def test_only_one_router_runs_the_batches_of_a_folder_and_another_takes_ov
     ],
 )
 async def test_an_input_with_a_wrong_line_fails_as_a_whole_and_names_the_line(
-    content: bytes, codes: list[tuple[int | None, str]], tmp_path: Path
+    content: bytes, codes: list[tuple[int | None, str]], place: str
 ) -> None:
-    world = World(tmp_path)
+    world = World(place)
     client = world.client()
     async with world.running():
         batch = await ended(client, await create(client, content))
@@ -193,8 +209,8 @@ async def test_an_input_with_a_wrong_line_fails_as_a_whole_and_names_the_line(
     assert [(error.line, error.code) for error in batch.errors.data] == codes
 
 
-async def test_a_cancelled_batch_keeps_what_it_has_answered(tmp_path: Path) -> None:
-    world = World(tmp_path)
+async def test_a_cancelled_batch_keeps_what_it_has_answered(place: str) -> None:
+    world = World(place)
     client = world.client()
     world.setup.shards.loads_held.clear()  # lines of the adapter wait
     async with world.running():
@@ -213,14 +229,14 @@ async def test_a_cancelled_batch_keeps_what_it_has_answered(tmp_path: Path) -> N
 
 
 async def test_a_router_whose_clock_is_wrong_neither_expires_batches_nor_deletes_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world, right = World(tmp_path), time.time
+    world, right = World(place), time.time
     client = world.client()
     monkeypatch.setattr(time, "time", lambda: right() + 40 * 86400)
     async with world.running():
         batch = await ended(client, await create(client, text(line(1))))
-        world.folder.delete_expired()
+        world.batches.delete_expired()
         assert batch.status == "completed" and await rows(client, batch.output_file_id)
     assert abs(batch.created_at - right()) < 3600
 
@@ -229,9 +245,9 @@ async def test_what_a_batch_could_not_answer_in_a_day_is_in_its_error_file(tmp_p
     world = World(tmp_path)
     client = world.client()
     batch = await create(client, text(line(1)))
-    record = world.folder.batch("", batch.id)
+    record = world.batches.batch("", batch.id)
     record.expires_at = int(time.time()) - 1
-    world.folder.write_batch("", record)
+    world.batches.write_batch("", record)
     world.setup.engine.run = lambda: asyncio.sleep(3600)  # type: ignore[method-assign]
     async with world.running(), asyncio.timeout(30):
         while (batch := await client.batches.retrieve(batch.id)).status != "expired":
@@ -240,9 +256,9 @@ async def test_what_a_batch_could_not_answer_in_a_day_is_in_its_error_file(tmp_p
     assert row["custom_id"] == "line 1" and row["response"] is None and row["error"]["code"] == "batch_expired"
 
 
-async def test_tenants_have_files_and_batches_of_their_own_and_their_own_limits(tmp_path: Path) -> None:
+async def test_tenants_have_files_and_batches_of_their_own_and_their_own_limits(place: str) -> None:
     tenants = TENANTS | {"two": TENANTS["two"].model_copy(update={"adapters": []})}
-    world = World(tmp_path, tenants=tenants)
+    world = World(place, tenants=tenants)
     one, two = world.client("one"), world.client("two")
     async with world.running():
         batch = await create(one, text(line(1)))
@@ -264,8 +280,8 @@ async def test_tenants_have_files_and_batches_of_their_own_and_their_own_limits(
 
 
 @pytest.mark.parametrize("id", ["file-1", "../../etc/passwd", "file-" + "0" * 24, "..%2f..%2fetc"])
-async def test_an_id_that_is_not_one_is_unknown(id: str, tmp_path: Path) -> None:
-    world = World(tmp_path)
+async def test_an_id_that_is_not_one_is_unknown(id: str, place: str) -> None:
+    world = World(place)
     with pytest.raises(openai.NotFoundError):
         await world.client().files.retrieve(id)
 
@@ -292,13 +308,13 @@ async def test_files_have_limits_and_are_deleted_unless_a_batch_needs_them(tmp_p
 
 
 async def test_files_and_batches_are_limited_in_number_size_and_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world, package = World(tmp_path), "loraplex_router.batches"
+    world, package = World(place), "loraplex_router.batches"
     client, routes = world.client(), "loraplex_router.api.http.openai.batches.routes"
     for name, most in {
-        f"{package}.folder.MOST_FILES": 2,
-        f"{package}.folder.MOST_BATCHES": 1,
+        f"{package}.batches.MOST_FILES": 2,
+        f"{package}.batches.MOST_BATCHES": 1,
         f"{package}.reading.MOST_LINES": 1,
         f"{routes}.MOST_BYTES": 5000,
     }.items():
@@ -316,13 +332,13 @@ async def test_files_and_batches_are_limited_in_number_size_and_time(
     async with world.running():
         batch = await ended(client, batch)
     assert batch.errors and batch.errors.data and batch.errors.data[0].code == "too_many_tasks"
-    monkeypatch.setattr(world.folder, "now", lambda: int(time.time()) + 31 * 86400)
-    world.folder.delete_expired()
+    monkeypatch.setattr(world.batches, "now", lambda: int(time.time()) + 31 * 86400)
+    world.batches.delete_expired()
     assert not (await client.files.list()).data and not (await client.batches.list()).data
 
 
-async def test_lists_have_pages(tmp_path: Path) -> None:
-    client = World(tmp_path).client()
+async def test_lists_have_pages(place: str) -> None:
+    client = World(place).client()
     ids = {(await create(client, text(line(n)))).id for n in range(5)}
     page = await client.batches.list(limit=2)
     assert len(page.data) == 2 and page.has_more
@@ -350,7 +366,7 @@ async def test_a_full_disk_delays_lines_and_loses_none(
         async with world.running(), asyncio.timeout(30):
             while sum("stopped" in record.message for record in caplog.records) < 3:
                 await asyncio.sleep(0.05)
-            (written,) = tmp_path.glob(f"*/files/{world.folder.batch('', batch.id).output_file_id}/content")
+            (written,) = tmp_path.glob(f"*/files/{world.batches.batch('', batch.id).output_file_id}/content")
             kept = written.read_bytes()
     assert kept.count(b"\n") > 1 and kept.endswith(b"\n")
     async with world.running():
@@ -383,7 +399,7 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path: Path) -> 
 async def test_a_folder_that_fails_does_not_end_the_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loraplex_router.batches.runner.LONGEST_WAIT", 0.01)
     world = World(tmp_path)
-    client, fails, unfinished = world.client(), asyncio.Event(), world.folder.unfinished
+    client, fails, unfinished = world.client(), asyncio.Event(), world.batches.unfinished
 
     def failing() -> list[Any]:
         if not fails.is_set():
@@ -391,7 +407,7 @@ async def test_a_folder_that_fails_does_not_end_the_router(tmp_path: Path, monke
             raise OSError(5, "Input/output error")
         return unfinished()
 
-    monkeypatch.setattr(world.folder, "unfinished", failing)
+    monkeypatch.setattr(world.batches, "unfinished", failing)
     async with world.running():
         assert (await ended(client, await create(client, text(line(0))))).status == "completed"
     assert fails.is_set()

@@ -8,50 +8,55 @@ then on only by the router that holds the lock; TENANT/batches/ID.cancel asks th
 import errno
 import fcntl
 import os
-import re
 import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from loraplex_protos.errors import BatchNotFoundError, FieldViolation, InvalidRequestError, UnavailableError, quote
+from loraplex_protos.errors import UnavailableError
 from loraplex_router.access.replaced_file import replace_file
-from loraplex_router.batches.records import BatchRecord, FileRecord, Status, new_batch_id, new_file_id
-
-FILE_SECONDS = 30 * 24 * 3600  # how long files and ended batches are kept, as OpenAI keeps them
-WINDOW_SECONDS = 24 * 3600  # how long a batch may take
-MOST_FILES = 1000  # of a tenant
-MOST_BATCHES = 1000  # of a tenant, those that have ended included
-
-FILE_ID = re.compile(r"file-[0-9a-f]{24}")
-BATCH_ID = re.compile(r"batch_[0-9a-f]{24}")
+from loraplex_router.batches.batches import FILE_SECONDS, Batches, shown, tenant_folder
+from loraplex_router.batches.folder_job import FolderJob
+from loraplex_router.batches.records import BatchRecord, FileRecord
 
 R = TypeVar("R", bound=BaseModel)
 
 
-class BatchFolder:
-    """Blocks while it reads and writes: call it in a thread. Errors of the disk are UnavailableError."""
+class BatchFolder(Batches):
+    look_seconds = 1.0
+    clean_seconds = 3600.0
 
     def __init__(self, path: Path, most_bytes: int) -> None:
-        """`most_bytes`: of all files together. Raises OSError if the folder cannot be made."""
+        """Raises OSError if the folder cannot be made."""
+        super().__init__(most_bytes)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"--batches: {path} cannot be made: {error.strerror}") from error
         self._path = path
-        self._most_bytes = most_bytes
         self._lock: IO[bytes] | None = None
         self._naming = threading.Lock()
         self._ended = set[str]()  # batches' ids: their records do not change, so `unfinished` reads each once
 
+    def files(self, tenant: str) -> list[FileRecord]:
+        found = [_read(path, FileRecord) for path in (self._tenant(tenant) / "files").glob("*/record.json")]
+        return sorted((each for each in found if each), key=lambda each: (each.created_at, each.id), reverse=True)
+
+    def batches(self, tenant: str) -> list[BatchRecord]:
+        found = [_read(path, BatchRecord) for path in (self._tenant(tenant) / "batches").glob("*.json")]
+        records = [self._shown(tenant, each) for each in found if each]
+        return sorted(records, key=lambda each: (each.created_at, each.id), reverse=True)
+
+    def content(self, tenant: str, id: str) -> Path:
+        return self._file(tenant, id) / "content"
+
     def lock(self) -> bool:
-        """Whether this process runs the batches; if not, another router does. Held until the process ends."""
+        """Held until the process ends."""
         if self._lock is None:
             file = (self._path / "lock").open("ab")
             try:
@@ -67,131 +72,16 @@ class BatchFolder:
             self._lock.close()
             self._lock = None
 
+    @property
+    def locked(self) -> bool:
+        return self._lock is not None
+
     def now(self) -> int:
-        """A time.time by the clock that dates the folder's files: those of its routers may be wrong. Raises
-        OSError."""
-        with TemporaryFile(dir=self._path) as file:
+        """By the clock that dates the folder's files."""
+        with _disk_errors(), TemporaryFile(dir=self._path) as file:
             return int(os.fstat(file.fileno()).st_mtime)
 
-    # ---- files -----------------------------------------------------------------------------------------------
-
-    def add_file(self, tenant: str, filename: str, purpose: str, content: IO[bytes]) -> FileRecord:
-        """Raises InvalidRequestError if there is no room for it."""
-        size = content.seek(0, os.SEEK_END)
-        content.seek(0)
-        with _disk_errors():
-            used = sum(entry.stat().st_size for entry in self._path.glob("*/files/*/content"))
-        if used + size > self._most_bytes:
-            limit = f"{self._most_bytes / 2**30:g} GiB"
-            raise InvalidRequestError(FieldViolation("file", f"has no room: {limit} of files are kept, delete some"))
-        if len(self.files(tenant)) >= MOST_FILES:
-            raise InvalidRequestError(FieldViolation("file", f"is one too many: {MOST_FILES} are kept, delete some"))
-        id = new_file_id()
-        with _disk_errors():
-            try:
-                with self.open_file(tenant, id) as file:
-                    shutil.copyfileobj(content, file, 1 << 20)
-                    file.flush()
-                    os.fsync(file.fileno())
-                return self.register_file(tenant, id, filename, purpose)
-            except OSError:
-                shutil.rmtree(self._file(tenant, id), ignore_errors=True)
-                raise
-
-    def register_file(self, tenant: str, id: str, filename: str, purpose: str) -> FileRecord:
-        """Lists a file whose content is complete."""
-        now = self.now()
-        record = FileRecord(
-            id=id,
-            bytes=self.content(tenant, id).stat().st_size,
-            created_at=now,
-            expires_at=now + FILE_SECONDS,
-            filename=filename,
-            purpose=purpose,
-        )
-        _write(self._file(tenant, id) / "record.json", record)
-        return record
-
-    def open_file(self, tenant: str, id: str) -> IO[bytes]:
-        """Opens a file's content to append to it, new or not. A last line that was not written completely is cut
-        off."""
-        folder = self._file(tenant, id)
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "content").open("a+b")
-        _cut_torn_line(file)
-        return file
-
-    def file(self, tenant: str, id: str) -> FileRecord:
-        """Raises BatchNotFoundError."""
-        found = _read(self._file(tenant, id) / "record.json", FileRecord) if FILE_ID.fullmatch(id) else None
-        if found is None:
-            raise BatchNotFoundError(f"there is no file {quote(id)}")
-        return found
-
-    def content(self, tenant: str, id: str) -> Path:
-        return self._file(tenant, id) / "content"
-
-    def files(self, tenant: str) -> list[FileRecord]:
-        """Newest first."""
-        found = [_read(path, FileRecord) for path in (self._tenant(tenant) / "files").glob("*/record.json")]
-        return sorted((each for each in found if each), key=lambda each: (each.created_at, each.id), reverse=True)
-
-    def delete_file(self, tenant: str, id: str) -> None:
-        """Raises BatchNotFoundError, and InvalidRequestError if a batch that has not ended needs it."""
-        self.file(tenant, id)
-        if any(id == batch.input_file_id and not batch.status.final for batch in self.batches(tenant)):
-            raise InvalidRequestError(FieldViolation("file_id", "is the input of a batch that has not ended"))
-        with _disk_errors():
-            shutil.rmtree(self._file(tenant, id))
-
-    # ---- batches ---------------------------------------------------------------------------------------------
-
-    def add_batch(
-        self, tenant: str, input_file_id: str, endpoint: str, window: str, metadata: dict[str, str] | None
-    ) -> BatchRecord:
-        """Raises BatchNotFoundError for an unknown file, and InvalidRequestError for one that is not for batches."""
-        if self.file(tenant, input_file_id).purpose != "batch":
-            raise InvalidRequestError(FieldViolation("input_file_id", 'must be a file with the purpose "batch"'))
-        if len(self.batches(tenant)) >= MOST_BATCHES:
-            description = f"is one too many: {MOST_BATCHES} are kept for {FILE_SECONDS // 86400} days"
-            raise InvalidRequestError(FieldViolation("batch", description))
-        with _disk_errors():
-            now = self.now()
-        record = BatchRecord(
-            id=new_batch_id(),
-            endpoint=endpoint,
-            input_file_id=input_file_id,
-            completion_window=window,
-            created_at=now,
-            expires_at=now + WINDOW_SECONDS,
-            metadata=metadata,
-        )
-        with _disk_errors():
-            (self._tenant(tenant) / "batches").mkdir(parents=True, exist_ok=True)
-            with self._naming:
-                if not (name := self._tenant(tenant) / "name").exists():
-                    replace_file(name, lambda file: file.write(tenant.encode()))
-            self.write_batch(tenant, record)
-        return record
-
-    def write_batch(self, tenant: str, record: BatchRecord) -> None:
-        _write(self._batch(tenant, record.id), record)
-
-    def batch(self, tenant: str, id: str) -> BatchRecord:
-        """Raises BatchNotFoundError."""
-        found = _read(self._batch(tenant, id), BatchRecord) if BATCH_ID.fullmatch(id) else None
-        if found is None:
-            raise BatchNotFoundError(f"there is no batch {quote(id)}")
-        return self._shown(tenant, found)
-
-    def batches(self, tenant: str) -> list[BatchRecord]:
-        """Newest first."""
-        found = [_read(path, BatchRecord) for path in (self._tenant(tenant) / "batches").glob("*.json")]
-        shown = [self._shown(tenant, each) for each in found if each]
-        return sorted(shown, key=lambda each: (each.created_at, each.id), reverse=True)
-
-    def unfinished(self) -> list[tuple[str, BatchRecord]]:
-        """Every tenant's batches that have not ended, with the tenant's name, oldest first."""
+    def unfinished(self) -> list[tuple[str, str]]:
         found = []
         for name in self._path.glob("*/name"):
             tenant = name.read_text()
@@ -200,24 +90,18 @@ class BatchFolder:
                 if record is not None and record.status.final:
                     self._ended.add(path.stem)
                 elif record is not None:
-                    found.append((tenant, self._shown(tenant, record)))
-        return sorted(found, key=lambda each: (each[1].created_at, each[1].id))
+                    found.append((tenant, record))
+        found.sort(key=lambda each: (each[1].created_at, each[1].id))
+        return [(tenant, record.id) for tenant, record in found]
 
-    def cancel(self, tenant: str, id: str) -> BatchRecord:
-        """Asks for it; a batch that has ended stays as it is. Raises BatchNotFoundError."""
-        record = self.batch(tenant, id)
-        if record.status.final:
-            return record
-        with _disk_errors():
-            self._batch(tenant, id).with_suffix(".cancel").touch()
-        return self._shown(tenant, record)
+    def job(self, tenant: str, id: str) -> FolderJob | None:
+        record = self._find_batch(tenant, id)
+        return None if record is None or record.status.final else FolderJob(self, tenant, record)
 
     def cancelled(self, tenant: str, id: str) -> bool:
-        """Whether it was asked for."""
         return self._batch(tenant, id).with_suffix(".cancel").exists()
 
     def delete_expired(self) -> None:
-        """Deletes files, and batches that have ended, when their time is over."""
         now = self.now()
         for name in self._path.glob("*/name"):
             tenant = name.read_text()
@@ -231,14 +115,67 @@ class BatchFolder:
             if record is not None and record.expires_at < now:
                 shutil.rmtree(path.parent, ignore_errors=True)
 
+    def open_file(self, tenant: str, id: str) -> IO[bytes]:
+        """Opens a file's content to append to it, new or not. A last line that was not written completely is cut
+        off."""
+        folder = self._file(tenant, id)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "content").open("a+b")
+        _cut_torn_line(file)
+        return file
+
+    def write_batch(self, tenant: str, record: BatchRecord) -> None:
+        _write(self._batch(tenant, record.id), record)
+
+    def _used_bytes(self) -> int:
+        with _disk_errors():
+            return sum(entry.stat().st_size for entry in self._path.glob("*/files/*/content"))
+
+    def _count_files(self, tenant: str) -> int:
+        return len(self.files(tenant))
+
+    def _count_batches(self, tenant: str) -> int:
+        return len(self.batches(tenant))
+
+    def _write_content(self, tenant: str, id: str, content: IO[bytes]) -> None:
+        with _disk_errors(), self.open_file(tenant, id) as file:
+            shutil.copyfileobj(content, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _write_file(self, tenant: str, record: FileRecord) -> None:
+        with _disk_errors():
+            _write(self._file(tenant, record.id) / "record.json", record)
+
+    def _find_file(self, tenant: str, id: str) -> FileRecord | None:
+        return _read(self._file(tenant, id) / "record.json", FileRecord)
+
+    def _remove_file(self, tenant: str, id: str) -> None:
+        with _disk_errors():
+            shutil.rmtree(self._file(tenant, id))
+
+    def _create_batch(self, tenant: str, record: BatchRecord) -> None:
+        with _disk_errors():
+            (self._tenant(tenant) / "batches").mkdir(parents=True, exist_ok=True)
+            with self._naming:
+                if not (name := self._tenant(tenant) / "name").exists():
+                    replace_file(name, lambda file: file.write(tenant.encode()))
+            self.write_batch(tenant, record)
+
+    def _find_batch(self, tenant: str, id: str) -> BatchRecord | None:
+        found = _read(self._batch(tenant, id), BatchRecord)
+        return found and self._shown(tenant, found)
+
+    def _ask_to_cancel(self, tenant: str, id: str) -> None:
+        with _disk_errors():
+            self._batch(tenant, id).with_suffix(".cancel").touch()
+
     def _shown(self, tenant: str, record: BatchRecord) -> BatchRecord:
-        if not record.status.final and self.cancelled(tenant, record.id):
-            asked = int(self._batch(tenant, record.id).with_suffix(".cancel").stat().st_mtime)
-            return record.model_copy(update={"status": Status.CANCELLING, "cancelling_at": asked})
-        return record
+        asked = self._batch(tenant, record.id).with_suffix(".cancel")
+        return shown(record, int(asked.stat().st_mtime) if asked.exists() else None)
 
     def _tenant(self, name: str) -> Path:
-        return self._path / sha256(name.encode()).hexdigest()[:32]
+        return self._path / tenant_folder(name)
 
     def _file(self, tenant: str, id: str) -> Path:
         return self._tenant(tenant) / "files" / id
@@ -281,9 +218,3 @@ def _cut_torn_line(file: IO[bytes]) -> None:
             break
         end = begin
     file.truncate(end)
-
-
-def lines(path: Path) -> Iterator[bytes]:
-    """The file's lines, empty ones included."""
-    with path.open("rb") as file:
-        yield from file

@@ -1,7 +1,7 @@
 """Reads the lines of a batch's input."""
 
 from codecs import BOM_UTF8
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,19 @@ def check_lines(texts: Iterable[bytes], endpoint: str, longest: int) -> tuple[in
     if not count:
         errors.append(LineError(code="empty_file", message="The input file has no lines."))
     return count, errors
+
+
+def split_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of what comes in pieces, with their ends."""
+    begun = list[bytes]()
+    for piece in pieces:
+        *lines, rest = piece.split(b"\n")
+        for line in lines:
+            yield b"".join((*begun, line, b"\n"))
+            begun = []
+        begun.append(rest)
+    if last := b"".join(begun):
+        yield last
 
 
 def _wrong(field: str, description: str) -> LineError:

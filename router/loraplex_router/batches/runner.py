@@ -1,26 +1,23 @@
-"""Runs the folder's batches, in one router at a time. Every line is a request of the HTTP API, as its tenant would send
+"""Runs batches, in one router at a time. Every line is a request of the HTTP API, as its tenant would send
 it, and background work."""
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, suppress
 from typing import Any, TypeAlias
 
 from loraplex_protos.errors import OverloadedError, UnavailableError
-from loraplex_router.batches.folder import BatchFolder
+from loraplex_router.batches.batches import Batches
 from loraplex_router.batches.job import Job
 from loraplex_router.batches.reading import Line
 from loraplex_router.batches.records import BatchRecord, Status
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0  # between two looks at the folder: for the lock, new batches and cancellations
-CLEAN_SECONDS = 3600.0
 MOST_LINES = 64  # in flight, of all batches together
 BUSY = {OverloadedError.http_status, UnavailableError.http_status}
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a line that met a busy server, or a full disk, is tried again
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before what met a busy server, or a place that fails, is tried again
 
 # Answers a request of a tenant: its path and body; status, request id and body.
 Answer: TypeAlias = Callable[[str, str, dict[str, Any]], Awaitable[tuple[int, str, dict[str, Any]]]]
@@ -30,8 +27,8 @@ class BatchRunner:
     """`longest`: the most bytes of a request. `max_queue`: sequences that may wait, a quarter of which it uses at
     most."""
 
-    def __init__(self, folder: BatchFolder, answer: Answer, longest: int, max_queue: int) -> None:
-        self._folder = folder
+    def __init__(self, batches: Batches, answer: Answer, longest: int, max_queue: int) -> None:
+        self._batches = batches
         self._answer = answer
         self._longest = longest
         self._places = asyncio.Semaphore(max(1, min(MOST_LINES, max_queue // 4)))
@@ -40,46 +37,55 @@ class BatchRunner:
     async def run(self) -> None:
         """Never returns. When it is cancelled, the lines in flight are given up: whoever runs the batch next computes
         them again."""
-        cleaned = 0.0
+        cleaning = asyncio.create_task(self._clean())
         try:
             while True:
                 try:
-                    if await asyncio.to_thread(self._folder.lock):
-                        if time.monotonic() > cleaned + CLEAN_SECONDS:
-                            cleaned = time.monotonic()
-                            await asyncio.to_thread(self._folder.delete_expired)
-                        for tenant, record in await asyncio.to_thread(self._folder.unfinished):
-                            if record.id not in self._running:
-                                self._start(tenant, record)
-                except OSError as error:
-                    logger.error("the folder of batches fails, and is looked at again in %g s: %s", LONGEST_WAIT, error)
+                    if await self._batches.call(self._batches.lock):
+                        for tenant, id in await self._batches.call(self._batches.unfinished):
+                            if id not in self._running:
+                                self._start(tenant, id)
+                except (OSError, UnavailableError) as error:
+                    logger.error("batches cannot be read, and are looked at again in %g s: %s", LONGEST_WAIT, error)
                     await asyncio.sleep(LONGEST_WAIT)
-                await asyncio.sleep(LOOK_SECONDS)
+                await asyncio.sleep(self._batches.look_seconds)
         finally:
-            for task in self._running.values():
+            tasks = [cleaning, *self._running.values()]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._running.values(), return_exceptions=True)
-            self._folder.unlock()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._batches.unlock()
 
-    def _start(self, tenant: str, record: BatchRecord) -> None:
-        task = self._running[record.id] = asyncio.create_task(self._run(tenant, record.id))
-        task.add_done_callback(lambda _: self._running.pop(record.id))
+    async def _clean(self) -> None:
+        while True:
+            if self._batches.locked:
+                try:
+                    await self._batches.call(self._batches.delete_expired)
+                except (OSError, UnavailableError) as error:
+                    logger.error("expired batches cannot be deleted: %s", error)
+                await asyncio.sleep(self._batches.clean_seconds)
+            await asyncio.sleep(self._batches.look_seconds)
+
+    def _start(self, tenant: str, id: str) -> None:
+        task = self._running[id] = asyncio.create_task(self._run(tenant, id))
+        task.add_done_callback(lambda _: self._running.pop(id))
 
     async def _run(self, tenant: str, id: str) -> None:
         """Runs a batch to its end. If that fails, as on a full disk, it is begun again later."""
+        call = self._batches.call
         try:
-            record = await asyncio.to_thread(self._folder.batch, tenant, id)
-            if record.status is Status.CANCELLING and record.in_progress_at is None:
-                record.cancelled_at = await asyncio.to_thread(self._folder.now)
-                record.status = Status.CANCELLED
-                await asyncio.to_thread(self._folder.write_batch, tenant, record)
+            job = await call(self._batches.job, tenant, id)
+            if job is None:
                 return
-            with closing(Job(self._folder, tenant, record)) as job:
-                if not await asyncio.to_thread(job.begin, self._longest):
+            record = job.record
+            with closing(job):
+                if record.status is Status.CANCELLING and record.in_progress_at is None:
+                    return await call(job.end, Status.CANCELLED)
+                if not await call(job.begin, self._longest):
                     return
                 logger.info("batch %s: %d of %d lines remain", id, _open(record), record.request_counts.total)
                 status = await self._run_lines(job)
-                await asyncio.to_thread(job.finish, status)
+                await call(job.finish, status)
                 logger.info("batch %s: %s", id, status)
         except Exception:
             logger.exception("batch %s stopped; it is tried again in %g s", id, LONGEST_WAIT)
@@ -87,18 +93,22 @@ class BatchRunner:
 
     async def _run_lines(self, job: Job) -> Status:
         lines = asyncio.create_task(self._send_all(job))
-        record, saved = job.record, job.record.request_counts.model_copy()
+        record, call = job.record, self._batches.call
         try:
             while not lines.done():
-                await asyncio.wait([lines], timeout=LOOK_SECONDS)
-                if await asyncio.to_thread(self._folder.cancelled, job.tenant, record.id):
-                    record.cancelling_at = record.cancelling_at or await asyncio.to_thread(self._folder.now)
-                    return Status.CANCELLED
-                if await asyncio.to_thread(self._folder.now) > record.expires_at:
-                    return Status.EXPIRED
-                if saved != record.request_counts:
-                    saved = record.request_counts.model_copy()
-                    await asyncio.to_thread(job.save)
+                await asyncio.wait([lines], timeout=self._batches.look_seconds)
+                if not self._batches.locked:
+                    raise UnavailableError("another router may run the batches now")
+                try:
+                    if await call(self._batches.cancelled, job.tenant, record.id):
+                        record.cancelling_at = record.cancelling_at or await call(self._batches.now)
+                        return Status.CANCELLED
+                    if await call(self._batches.now) > record.expires_at:
+                        return Status.EXPIRED
+                    if job.unsaved:
+                        await call(job.save)
+                except UnavailableError as error:
+                    logger.warning("batch %s goes on, but is not written down: %s", record.id, error)
             await lines
             return Status.COMPLETED
         finally:
@@ -112,7 +122,7 @@ class BatchRunner:
             while True:
                 await self._places.acquire()
                 try:
-                    line = await asyncio.to_thread(_next, remaining)
+                    line = await self._batches.call(_next, remaining)
                 except BaseException:
                     self._places.release()
                     raise
@@ -130,7 +140,12 @@ class BatchRunner:
                 break
             await asyncio.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
-        await asyncio.to_thread(job.add, line, status, request_id, body)
+        while True:
+            try:
+                return await self._batches.call(job.add, line, status, request_id, body)
+            except UnavailableError:
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, LONGEST_WAIT)
 
 
 def _open(record: BatchRecord) -> int:

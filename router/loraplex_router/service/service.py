@@ -16,7 +16,7 @@ from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys
 from loraplex_router.access.shared_limits import SharedLimits
 from loraplex_router.adapters.suggestions import Suggestions
-from loraplex_router.batches.folder import BatchFolder
+from loraplex_router.batches.batches import Batches
 from loraplex_router.engine.generation import Generation
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.stream import Stream
@@ -66,7 +66,7 @@ class Service:
         journal: Journal | None = None,
         limits: SharedLimits | None = None,
         stored_responses_bytes: int = 0,
-        batches: BatchFolder | None = None,
+        batches: Batches | None = None,
     ) -> None:
         self.keys = keys
         self._metrics_auth = metrics_auth

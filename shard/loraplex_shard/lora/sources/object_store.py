@@ -1,9 +1,6 @@
 """Adapters in S3, Google Cloud Storage or Azure Blob Storage, or in a store with the same protocol. An id is the name
 of a folder below a bucket and prefix, or the whole address of such a folder.
 
-Credentials, region and endpoint are the server's. obstore finds them in variables, a pod's identity or a machine's
-role. They never appear in a message.
-
 What arrives is compared with the checksum that the store says: of S3 and Google Cloud Storage, the ETag where it is an
 MD5, or in S3 one of parts; of Azure, Content-MD5; of what Google Cloud Storage has composed of parts, its CRC32C.
 obstore compares nothing, and asks S3 for no x-amz-checksum: its header would have to be signed. Files are kept on this
@@ -12,7 +9,6 @@ machine's disk.
 
 import base64
 import hashlib
-import os
 import re
 import ssl
 from collections.abc import Iterator
@@ -21,14 +17,13 @@ from datetime import timedelta
 from email.message import Message
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING
 from urllib.request import Request, urlopen
 
 import google_crc32c
 import obstore
 from huggingface_hub import constants
-from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, PreconditionError, UnauthenticatedError
-from obstore.store import AzureStore, GCSStore, S3Store, from_url
+from obstore.exceptions import BaseError, GenericError, PermissionDeniedError
 
 from loraplex_protos.adapter_names import is_name
 from loraplex_protos.errors import (
@@ -39,7 +34,7 @@ from loraplex_protos.errors import (
     AdapterSourceError,
     quote,
 )
-from loraplex_shard.lora.sources.aws_profile import read_profile
+from loraplex_protos.object_stores import Place, authorities, code_of, status_of, trouble_of
 from loraplex_shard.lora.sources.file_cache import FileCache
 from loraplex_shard.lora.sources.files import CONFIG, KNOWN, MLX_TENSORS, TENSORS, is_telling
 from loraplex_shard.lora.sources.parts import has_tag, is_of_parts
@@ -48,37 +43,14 @@ from loraplex_shard.lora.sources.protocol import File, Origin, Source
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
-    from obstore.store import ClientConfig, RetryConfig
 
 
-class _Kind(NamedTuple):
-    name: str
-    title: str
-    schemes: tuple[str, ...]  # of addresses; the first one is used in settings
-
-
-KINDS = (
-    _Kind("s3", "S3", ("s3",)),
-    _Kind("gcs", "Google Cloud Storage", ("gs",)),
-    _Kind("azure", "Azure Blob Storage", ("az", "azure", "abfs", "abfss")),
-)
 CHUNK = 2**22  # bytes copied at a time
 PAGE, MOST_LISTED = 1000, 10_000  # objects
-LONGEST_READ = timedelta(hours=1)
 SIGNED_FOR = timedelta(minutes=1)
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _CRC32C = re.compile(r"\bcrc32c=([\w+/]{6}==)")
-
-# Parts of obstore's error messages.
-_STATUS = re.compile(r"non-2xx status code: (\d{3})")
-_ASKED = re.compile(r"Error performing [A-Z]+ (http\S+)")
-_LOGIN = re.compile(r"Error performing P|token re(quest|sponse)")  # sources never send a POST or PUT
-_CODE = re.compile(r"<Code>(\w{1,60})</Code>")
-_TROUBLES = {
-    "kind: Connect": "it cannot be reached",
-    "kind: Timeout": "it does not answer",
-    "BareRedirect": "the bucket is in another region (AWS_REGION)",
-}
+_SENT = re.compile(r"Error performing P")  # in obstore's messages: sources never send a POST or PUT, but logins do
 
 
 class ObjectStoreSource(Source):
@@ -90,26 +62,13 @@ class ObjectStoreSource(Source):
     """
 
     def __init__(self, url: str, timeout_s: float = 10.0, cache: Path | None = None) -> None:
-        scheme, path = url.split("://")
-        self._kind = next(kind for kind in KINDS if scheme in kind.schemes)
+        self._place = Place.at(url)
+        self._kind, self._bucket, self._prefix = self._place
         self.name = self._kind.name
-        self._bucket, _, prefix = path.partition("/")
-        self._prefix = f"{prefix.strip('/')}/".lstrip("/")
         self._cache = FileCache(cache or Path(constants.HF_HOME) / "object-stores")
         self._timeout_s = timeout_s
         self._unlike: dict[File, str] = {}  # the MD5 of what arrived last, which does not have the parts' ETag
-        wait = timedelta(seconds=timeout_s)
-        client: ClientConfig = {"allow_http": True, "connect_timeout": wait, "read_timeout": wait}
-        retries: RetryConfig = {"max_retries": 0}  # `patience.py` tries again
-        options = read_profile() if self.name == "s3" else {}
-        address = f"{scheme}://{self._bucket}"
-        try:
-            client |= {"timeout": LONGEST_READ}
-            if authorities := _authorities():
-                client |= {"root_certificate": authorities}
-            self._store = from_url(address, client_options=client, retry_config=retries, **options)
-        except (BaseError, OSError) as error:
-            raise ValueError(str(error).partition("\n")[0][:200]) from None
+        self._store = self._place.open(timeout_s)  # `patience.py` tries again
 
     def refusal(self, id: str) -> str:
         if is_name(self._named(id)):
@@ -216,7 +175,6 @@ class ObjectStoreSource(Source):
     def _headers(self, place: str) -> Message:
         """The headers of an object, which obstore does not pass on. Empty if they cannot be asked for, as with
         credentials that sign no addresses."""
-        assert isinstance(self._store, S3Store | GCSStore | AzureStore)
         try:
             address = obstore.sign(self._store, "HEAD", place, SIGNED_FOR)
             with urlopen(Request(address, method="HEAD"), timeout=self._timeout_s, context=self._trusted) as answer:
@@ -228,8 +186,8 @@ class ObjectStoreSource(Source):
     @cached_property
     def _trusted(self) -> ssl.SSLContext:
         context = ssl.create_default_context()
-        if authorities := _authorities():
-            context.load_verify_locations(cadata=authorities.decode())
+        if trusted := authorities():
+            context.load_verify_locations(cadata=trusted.decode())
         return context
 
     def _named(self, id: str) -> str:
@@ -244,7 +202,7 @@ class ObjectStoreSource(Source):
         try:
             return self._list(folder)
         except BaseError as error:
-            if _status(error) != 403:
+            if status_of(error) != 403:
                 raise
             try:
                 return self._ask(folder)
@@ -269,9 +227,9 @@ class ObjectStoreSource(Source):
             try:
                 found[name] = _file(obstore.head(self._store, f"{folder}/{name}"))
             except (BaseError, FileNotFoundError) as error:
-                if _status(error) not in (403, 404):
+                if status_of(error) not in (403, 404):
                     raise
-                refused = error if _status(error) == 403 else refused
+                refused = error if status_of(error) == 403 else refused
         if refused and (CONFIG not in found or found.keys().isdisjoint((TENSORS, MLX_TENSORS))):
             raise refused
         return found
@@ -287,12 +245,11 @@ class ObjectStoreSource(Source):
             raise AdapterSourceError(f"the files of {quote(id)} cannot be kept on disk: {error.strerror}") from error
 
     def _typed(self, error: Exception, id: str) -> AdapterError:
-        title, text = self._kind.title, str(error)
-        asked = _ASKED.search(text)
-        if isinstance(error, GenericError) and (_LOGIN.search(text) or (asked and self._bucket not in asked[1])):
+        title, code = self._kind.title, code_of(error)
+        login = self._place.lacks_credentials(error) or _SENT.search(str(error))
+        if isinstance(error, GenericError) and login:
             return AdapterSourceError(f"cannot ask {title} for {quote(id)}: this server has no credentials for it")
-        code = f" ({found[1]})" if (found := _CODE.search(text)) else ""
-        match _status(error):
+        match status_of(error):
             case 401 | 403:
                 return AdapterForbiddenError(
                     f"{title} does not let this server read {quote(id)}{code}; without the right to list the bucket,"
@@ -303,8 +260,8 @@ class ObjectStoreSource(Source):
             case 412:
                 return AdapterSourceError(f"the files of {quote(id)} changed while they were read: try again")
             case 0:
-                reason = next((said for sign, said in _TROUBLES.items() if sign in text), "its answer is malformed")
-                kind = AdapterSourceError if "BareRedirect" in text else SourceBusyError
+                reason = trouble_of(error)
+                kind = AdapterSourceError if "BareRedirect" in str(error) else SourceBusyError
                 return kind(f"{title} did not hand over {quote(id)}: {reason}")
             case status if status in BUSY:
                 return SourceBusyError(f"{title} answered {status}{code} for {quote(id)}")
@@ -312,25 +269,6 @@ class ObjectStoreSource(Source):
                 return AdapterSourceError(f"{title} answered {status}{code} for {quote(id)}")
 
 
-def _authorities() -> bytes:
-    """Certificates to trust in addition to the system's, as PEM."""
-    file = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
-    return Path(file).read_bytes() if file else b""
-
-
 def _file(object: "ObjectMeta") -> File:
     etag = object["e_tag"] or ""
     return File(object["path"], etag if '"' in etag else f'"{etag}"', object["size"])  # Azure lists tags without quotes
-
-
-def _status(error: Exception) -> int:
-    """The HTTP status of an error; 0 if there was no answer, or none that makes sense."""
-    match error:
-        case FileNotFoundError():
-            return 404
-        case PreconditionError():
-            return 412
-        case PermissionDeniedError() | UnauthenticatedError():
-            return 403
-    found = _STATUS.search(str(error))
-    return int(found[1]) if found else 0

@@ -1,11 +1,13 @@
 """OpenAI's files and batches. What a batch runs is in `loraplex_router/batches`."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Message
@@ -24,12 +26,13 @@ from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.openai.batches.schema import BatchPage, CreateBatch, Deleted, FilePage
 from loraplex_router.api.http.openai.pages import cut_page
 from loraplex_router.api.http.openai_errors import ERRORS
-from loraplex_router.batches.folder import BatchFolder
+from loraplex_router.batches.batches import Batches
 from loraplex_router.batches.records import BatchRecord, FileRecord
 
 MOST_BYTES = 200 << 20  # of a file, as at OpenAI
 MOST_UPLOADS = 4  # at the same time
 SECONDS = 600.0  # for all of an upload
+ANSWER_SECONDS = 15.0  # for anything else
 
 UPLOAD = {
     "requestBody": {
@@ -60,7 +63,7 @@ uploads = asyncio.Semaphore(MOST_UPLOADS)
 @router.post("/files", response_model=FileRecord, openapi_extra=UPLOAD, responses=only(ERRORS, 400, 401, 404, 429))
 async def upload_file(request: Request, call: Call) -> FileRecord:
     """Keeps a file of requests, one per line, for a batch."""
-    folder, tenant = _folder(call)
+    batches, tenant = _batches(call)
     if uploads.locked():
         raise OverloadedError("others are uploading files: try again later")
     async with uploads:
@@ -74,7 +77,7 @@ async def upload_file(request: Request, call: Call) -> FileRecord:
             if others := set(form) - {"file", "purpose"}:
                 raise InvalidRequestError(FieldViolation(min(others), "is not supported: leave it out"))
             name = (file.filename or "batch.jsonl")[:255]
-            return await asyncio.to_thread(folder.add_file, tenant, name, purpose, file.file)
+            return await _within(SECONDS, batches.call(batches.add_file, tenant, name, purpose, file.file))
         finally:
             await form.close()
 
@@ -84,8 +87,7 @@ async def list_files(
     call: Call, purpose: str = "", limit: Limit = 10_000, after: After = "", order: Order = "desc"
 ) -> FilePage:
     """The files of this key's tenant."""
-    folder, tenant = _folder(call)
-    found = await asyncio.to_thread(folder.files, tenant)
+    found = await _ask(call, lambda batches, tenant: batches.files(tenant))
     found = [each for each in found if purpose in ("", each.purpose)]
     return FilePage(**_page(found, limit, after, order))
 
@@ -93,20 +95,30 @@ async def list_files(
 @router.get("/files/{file_id}", response_model=FileRecord, responses=only(ERRORS, 401, 404))
 async def retrieve_file(file_id: str, call: Call) -> FileRecord:
     """One file."""
-    return await _ask(call, lambda folder, tenant: folder.file(tenant, file_id))
+    return await _ask(call, lambda batches, tenant: batches.file(tenant, file_id))
 
 
 @router.get("/files/{file_id}/content", response_class=FileResponse, responses=only(ERRORS, 401, 404))
-async def file_content(file_id: str, call: Call) -> FileResponse:
+async def file_content(file_id: str, call: Call) -> Response:
     """A file's content: the requests of an input, the answers of an output."""
-    found = await _ask(call, lambda folder, tenant: (folder.file(tenant, file_id), folder.content(tenant, file_id)))
-    return FileResponse(found[1], media_type="application/octet-stream", filename=found[0].filename)
+    batches, tenant = _batches(call)
+    file = await _ask(call, lambda batches, tenant: batches.file(tenant, file_id))
+    content = batches.content(tenant, file_id)
+    if isinstance(content, Path):
+        return FileResponse(content, media_type="application/octet-stream", filename=file.filename)
+    first = await _within(ANSWER_SECONDS, batches.call(next, content, b""))
+    headers = {
+        "content-length": str(file.bytes),
+        "content-disposition": f"attachment; filename*=utf-8''{quote(file.filename, safe='')}",
+    }
+    pieces = _stream(batches, first, content)
+    return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
 
 
 @router.delete("/files/{file_id}", response_model=Deleted, responses=only(ERRORS, 400, 401, 404))
 async def delete_file(file_id: str, call: Call) -> Deleted:
     """Deletes a file, unless a batch that has not ended needs it."""
-    await _ask(call, lambda folder, tenant: folder.delete_file(tenant, file_id))
+    await _ask(call, lambda batches, tenant: batches.delete_file(tenant, file_id))
     return Deleted(id=file_id)
 
 
@@ -115,7 +127,7 @@ async def create_batch(body: CreateBatch, call: Call) -> BatchRecord:
     """Answers a file's requests in the background, within a day."""
     return await _ask(
         call,
-        lambda folder, tenant: folder.add_batch(
+        lambda batches, tenant: batches.add_batch(
             tenant, body.input_file_id, body.endpoint, body.completion_window, body.metadata
         ),
     )
@@ -124,20 +136,20 @@ async def create_batch(body: CreateBatch, call: Call) -> BatchRecord:
 @router.get("/batches", response_model=BatchPage, responses=only(ERRORS, 400, 401, 404))
 async def list_batches(call: Call, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: After = "") -> BatchPage:
     """The batches of this key's tenant, newest first."""
-    found = await _ask(call, lambda folder, tenant: folder.batches(tenant))
+    found = await _ask(call, lambda batches, tenant: batches.batches(tenant))
     return BatchPage(**_page(found, limit, after, "desc"))
 
 
 @router.get("/batches/{batch_id}", response_model=BatchRecord, responses=only(ERRORS, 401, 404))
 async def retrieve_batch(batch_id: str, call: Call) -> BatchRecord:
     """How far a batch is."""
-    return _shown(await _ask(call, lambda folder, tenant: folder.batch(tenant, batch_id)))
+    return _shown(await _ask(call, lambda batches, tenant: batches.batch(tenant, batch_id)))
 
 
 @router.post("/batches/{batch_id}/cancel", response_model=BatchRecord, responses=only(ERRORS, 401, 404))
 async def cancel_batch(batch_id: str, call: Call) -> BatchRecord:
     """Stops a batch within seconds. What it has answered so far can be read."""
-    return _shown(await _ask(call, lambda folder, tenant: folder.cancel(tenant, batch_id)))
+    return _shown(await _ask(call, lambda batches, tenant: batches.cancel(tenant, batch_id)))
 
 
 def _shown(batch: BatchRecord) -> BatchRecord:
@@ -145,18 +157,34 @@ def _shown(batch: BatchRecord) -> BatchRecord:
     return batch if batch.status.final else batch.model_copy(update={"output_file_id": None, "error_file_id": None})
 
 
-def _folder(call: RouteCall) -> tuple[BatchFolder, str]:
-    """The folder, and the name of the caller's tenant. Raises UnauthenticatedError, and BatchNotFoundError if there are
-    no batches here."""
+def _batches(call: RouteCall) -> tuple[Batches, str]:
+    """All of them, and the name of the caller's tenant. Raises UnauthenticatedError, and BatchNotFoundError if there
+    are none here."""
     tenant = call.service.keys.tenant(call.key)
     if call.service.batches is None:
-        raise BatchNotFoundError("this server keeps no files and batches: start it with --batches FOLDER")
+        raise BatchNotFoundError("this server keeps no files and batches: start it with --batches FOLDER, or a bucket")
     return call.service.batches, tenant.name
 
 
-async def _ask(call: RouteCall, question: Callable[[BatchFolder, str], R]) -> R:
-    folder, tenant = _folder(call)
-    return await asyncio.to_thread(question, folder, tenant)
+async def _ask(call: RouteCall, question: Callable[[Batches, str], R]) -> R:
+    batches, tenant = _batches(call)
+    return await _within(ANSWER_SECONDS, batches.call(question, batches, tenant))
+
+
+async def _within(seconds: float, answer: Awaitable[R]) -> R:
+    """Raises UnavailableError if it takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await answer
+    except TimeoutError:
+        raise UnavailableError("what --batches names does not answer: try again later") from None
+
+
+async def _stream(batches: Batches, first: bytes, rest: Iterator[bytes]) -> AsyncIterator[bytes]:
+    piece = first
+    while piece:
+        yield piece
+        piece = await batches.call(next, rest, b"")
 
 
 async def _read_form(request: Request) -> Any:

@@ -1,0 +1,206 @@
+"""The bucket in which files and batches are kept. Several routers may use the same one. `layout.py` says which objects
+there are."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from time import monotonic
+from typing import IO, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from loraplex_protos.errors import BatchNotFoundError
+from loraplex_router.batches import layout
+from loraplex_router.batches.batches import FILE_SECONDS, Batches, shown
+from loraplex_router.batches.bucket_job import BucketJob
+from loraplex_router.batches.lease import Lease
+from loraplex_router.batches.objects import Objects
+from loraplex_router.batches.records import BatchRecord, FileRecord
+
+CLOCK_SECONDS = 60.0  # after which the store's clock is looked at again
+FORGOTTEN_SECONDS = 3600  # after which a batch is forgotten that has no record, since its router died
+MOST_KNOWN = 10_000  # records in memory
+
+R = TypeVar("R", FileRecord, BatchRecord)
+
+
+class BatchBucket(Batches):
+    look_seconds = 2.0
+    clean_seconds = 600.0
+
+    def __init__(self, url: str, most_bytes: int) -> None:
+        """`most_bytes`: counted every `clean_seconds`, and what this router writes or deletes in between. Raises
+        ValueError for settings in the environment that are wrong or insufficient."""
+        super().__init__(most_bytes)
+        self.objects = Objects(url)
+        self._lease = Lease(self.objects, layout.LEASE)
+        self._clock: tuple[float, float] | None = None  # when it was looked at, and how far it is ahead of `monotonic`
+        self._known: dict[str, tuple[str, BaseModel]] = {}  # by path: version and record
+        self._knowing = threading.Lock()
+        self._tenants: dict[str, str] = {}  # of batches that have not ended
+        self._cancelled = set[str]()
+        self._used: tuple[bytes, int] = b"0", 0  # what the store says; what this router has added since it says so
+
+    # ---- files -----------------------------------------------------------------------------------------------
+
+    def files(self, tenant: str) -> list[FileRecord]:
+        found = self._records(layout.files(tenant), FileRecord)
+        return sorted(found, key=lambda each: (each.created_at, each.id), reverse=True)
+
+    def content(self, tenant: str, id: str) -> Iterator[bytes]:
+        return self.read(tenant, id)
+
+    def read(self, tenant: str, id: str, **options: int) -> Iterator[bytes]:
+        try:
+            yield from self.objects.read(layout.content(tenant, id), **options)
+        except FileNotFoundError:
+            raise BatchNotFoundError("the file does not exist any more") from None
+
+    def upload(self, tenant: str, id: str, content: IO[bytes] | Iterator[bytes]) -> None:
+        self.objects.upload(layout.content(tenant, id), content)
+
+    def remove_files(self, tenant: str, ids: Sequence[str | None]) -> None:
+        there = [id for id in ids if id]
+        paths = [layout.file(tenant, id) for id in there] + [layout.content(tenant, id) for id in there]
+        if paths:
+            self.objects.delete(paths)
+
+    def _used_bytes(self) -> int:
+        found = self.objects.find(layout.USED)
+        said = found.content if found else b"0"
+        with self._knowing:
+            if said != self._used[0]:
+                self._used = said, 0
+            return int(said.split()[0]) + self._used[1]
+
+    def _add_used(self, bytes: int) -> None:
+        self._used_bytes()
+        with self._knowing:
+            self._used = self._used[0], self._used[1] + bytes
+
+    def _count_files(self, tenant: str) -> int:
+        return sum(1 for _ in self.objects.list(layout.files(tenant)))
+
+    def _write_content(self, tenant: str, id: str, content: IO[bytes]) -> None:
+        self.upload(tenant, id, content)
+
+    def _write_file(self, tenant: str, record: FileRecord) -> None:
+        self.objects.put(layout.file(tenant, record.id), record.model_dump_json().encode())
+        self._add_used(record.bytes)
+
+    def _find_file(self, tenant: str, id: str) -> FileRecord | None:
+        found = self.objects.find(layout.file(tenant, id))
+        return _parsed(found.content, FileRecord) if found else None
+
+    def _remove_file(self, tenant: str, id: str) -> None:
+        record = self._find_file(tenant, id)
+        self.remove_files(tenant, [id])
+        if record:
+            self._add_used(-record.bytes)
+
+    # ---- batches ---------------------------------------------------------------------------------------------
+
+    def batches(self, tenant: str) -> list[BatchRecord]:
+        found = self._records(layout.batches(tenant), BatchRecord)
+        asked: dict[str, int] = {}
+        if not all(each.status.final for each in found):
+            asked = {object.path: object.modified for object in self.objects.list(layout.OPEN)}
+        records = [shown(each, asked.get(layout.cancel(each.id))) for each in found]
+        return sorted(records, key=lambda each: (each.created_at, each.id), reverse=True)
+
+    def _count_batches(self, tenant: str) -> int:
+        return sum(1 for _ in self.objects.list(layout.batches(tenant)))
+
+    def _create_batch(self, tenant: str, record: BatchRecord) -> None:
+        # This comes first, so that none is written down that nobody runs.
+        self.objects.put(layout.open(record.id), tenant.encode())
+        self.objects.put(layout.batch(tenant, record.id), record.model_dump_json().encode())
+
+    def _find_batch(self, tenant: str, id: str) -> BatchRecord | None:
+        found = self.objects.find(layout.batch(tenant, id))
+        record = _parsed(found.content, BatchRecord) if found else None
+        return record and self._shown(record)
+
+    def _ask_to_cancel(self, tenant: str, id: str) -> None:
+        self.objects.put(layout.cancel(id), b"")
+
+    def _shown(self, record: BatchRecord) -> BatchRecord:
+        return shown(record, None if record.status.final else self.objects.modified(layout.cancel(record.id)))
+
+    # ---- running ---------------------------------------------------------------------------------------------
+
+    def lock(self) -> bool:
+        return self._lease.take()
+
+    def unlock(self) -> None:
+        self._lease.release()
+
+    @property
+    def locked(self) -> bool:
+        return self._lease.held
+
+    def now(self) -> int:
+        if self._clock is None or monotonic() > self._clock[0] + CLOCK_SECONDS:
+            self.objects.put(layout.CLOCK, b"")
+            said, here = self.objects.modified(layout.CLOCK), monotonic()
+            self._clock = here, (said or 0) - here
+        return int(monotonic() + self._clock[1])
+
+    def unfinished(self) -> list[tuple[str, str]]:
+        listed = sorted(self.objects.list(layout.OPEN), key=lambda each: (each.modified, each.path))
+        ids = [each.path.removeprefix(f"{layout.OPEN}/") for each in listed]
+        self._cancelled = {id.removesuffix(layout.CANCEL) for id in ids if id.endswith(layout.CANCEL)}
+        ids = [id for id in ids if not id.endswith(layout.CANCEL)]
+        new = self.objects.find_all([layout.open(id) for id in ids if id not in self._tenants])
+        tenants = self._tenants | {path.removeprefix(f"{layout.OPEN}/"): tenant.decode() for path, tenant in new}
+        self._tenants = {id: tenants[id] for id in ids if id in tenants}
+        return [(tenant, id) for id, tenant in self._tenants.items()]
+
+    def job(self, tenant: str, id: str) -> BucketJob | None:
+        found = self.objects.find(layout.batch(tenant, id))
+        record = _parsed(found.content, BatchRecord) if found else None
+        if found and record and not record.status.final:
+            return BucketJob(self, tenant, self._shown(record), found.version)
+        if record or (self.objects.modified(layout.open(id)) or 0) + FORGOTTEN_SECONDS < self.now():
+            self.forget(id)
+        return None
+
+    def forget(self, id: str) -> None:
+        """Deletes what is kept of a batch only until it has ended."""
+        self.objects.delete([part.path for part in self.objects.list(layout.parts(id))])
+        self.objects.delete([layout.cancel(id), layout.open(id)])
+
+    def cancelled(self, tenant: str, id: str) -> bool:
+        return id in self._cancelled
+
+    def delete_expired(self) -> None:
+        now, used, expired = self.now(), 0, list[str]()
+        for object in self.objects.list(""):
+            if object.modified + FILE_SECONDS < now:
+                expired.append(object.path)
+            elif object.path.startswith(f"{layout.CONTENTS}/"):
+                used += object.size
+        self.objects.delete(expired)
+        self.objects.put(layout.USED, b"%d at %d" % (used, now))
+
+    # ---- what is known ---------------------------------------------------------------------------------------
+
+    def _records(self, folder: str, kind: type[R]) -> list[R]:
+        """Those of a folder; only what has changed is read."""
+        versions = {object.path: object.version for object in self.objects.list(folder)}
+        with self._knowing:
+            known = {path: self._known[path] for path in versions if path in self._known}
+        changed = [path for path, version in versions.items() if path not in known or known[path][0] != version]
+        read = dict(self.objects.find_all(changed))
+        new = {path: (versions[path], record) for path in read if (record := _parsed(read[path], kind))}
+        with self._knowing:
+            self._known |= new
+            while len(self._known) > MOST_KNOWN:
+                del self._known[next(iter(self._known))]
+        return [record for _, record in (known | new).values() if isinstance(record, kind)]
+
+
+def _parsed(content: bytes, kind: type[R]) -> R | None:
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError:
+        return None

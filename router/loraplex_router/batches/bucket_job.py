@@ -1,0 +1,142 @@
+"""A batch that is being run in a bucket.
+
+Answers are kept as parts, objects of many lines that are written every few seconds. A router that was taken for dead
+may write late, so several may run the same batch for a moment. Nothing of that is seen:
+
+* Its record is only replaced by the run that replaced it last (by the object's version).
+* Each run has parts with names of its own. Which lines are answered follows from all parts; if a line is in two of
+  them, the first one counts.
+* Each run puts its parts together in files with names of its own, which its record names before they are there. If
+  another run replaces the record, that one deletes them.
+"""
+
+import secrets
+import threading
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import orjson
+
+from loraplex_router.batches import layout
+from loraplex_router.batches.job import Job
+from loraplex_router.batches.objects import ConflictError
+from loraplex_router.batches.reading import split_lines
+from loraplex_router.batches.records import BatchRecord, Status, new_file_id
+from loraplex_router.batches.tally import Tally
+
+if TYPE_CHECKING:
+    from obstore import UpdateVersion
+
+    from loraplex_router.batches.bucket import BatchBucket
+
+MOST_ROWS, MOST_BYTES = 500, 4 << 20  # of a part, and so of what has to be computed again after a crash
+INPUT_PIECE = 256 << 10  # bytes of the input in memory: all batches read at the same time
+KINDS = "output", "error"
+
+
+class BucketJob(Job):
+    def __init__(self, bucket: "BatchBucket", tenant: str, record: BatchRecord, version: "UpdateVersion") -> None:
+        super().__init__(bucket, tenant, record)
+        self._bucket = bucket
+        self._version = version
+        self._run = secrets.token_hex(8)
+        self._number = 0  # of the next part
+        self._rows: tuple[list[bytes], list[bytes]] = [], []  # answers and errors that are not written yet
+        self._flushing = threading.Lock()
+
+    def save(self) -> None:
+        self._flush()
+        super().save()
+
+    def end(self, status: Status) -> None:
+        try:
+            super().end(status)
+        except ConflictError:
+            self._bucket.remove_files(self.tenant, [self.record.output_file_id, self.record.error_file_id])
+            raise
+        self._bucket.forget(self.record.id)
+
+    def _input(self) -> Iterator[bytes]:
+        return split_lines(self._bucket.read(self.tenant, self.record.input_file_id, piece=INPUT_PIECE))
+
+    def _resume(self) -> None:
+        for failed in False, True:
+            for _ in self._answered(self._tally, failed):
+                pass
+
+    def _make_room(self) -> None:
+        if self._is_full():
+            with self._flushing:
+                if self._is_full():
+                    self._write_rows()
+
+    def _append(self, row: bytes, failed: bool) -> None:
+        self._rows[failed].append(row)
+
+    def _flush(self) -> None:
+        with self._flushing:
+            self._write_rows()
+
+    def _write_rows(self) -> None:
+        """Each try has a name of its own, since one that failed may still come."""
+        for rows, kind in zip(self._rows, KINDS, strict=True):
+            if count := len(rows):
+                path = f"{layout.parts(self.record.id)}/{self._run}-{self._number:06}.{kind}"
+                self._number += 1
+                self._bucket.objects.put(path, b"".join(rows[:count]))
+                del rows[:count]
+
+    def _is_full(self) -> bool:
+        return sum(map(len, self._rows)) >= MOST_ROWS or sum(map(len, chain(*self._rows))) >= MOST_BYTES
+
+    def _write_record(self) -> None:
+        path = layout.batch(self.tenant, self.record.id)
+        content = orjson.dumps(self.record.model_dump() | {"run": self._run})
+        try:
+            self._version = self._bucket.objects.replace(path, content, self._version)
+        except ConflictError:
+            found = self._bucket.objects.find(path)
+            if found is None or orjson.loads(found.content).get("run") != self._run:
+                raise
+            self._version = found.version  # an earlier write of this run, which was not answered
+            self._version = self._bucket.objects.replace(path, content, self._version)
+
+    def _publish(self) -> None:
+        record = self.record
+        former = record.output_file_id, record.error_file_id  # of a run that did not end
+        record.output_file_id, record.error_file_id = new_file_id(), new_file_id()
+        self._write_record()
+        self._bucket.remove_files(self.tenant, former)
+        tally = Tally()
+        record.output_file_id = self._listed(record.output_file_id, tally, False)
+        record.error_file_id = self._listed(record.error_file_id, tally, True)
+        self._tally = tally
+
+    def _listed(self, id: str, tally: Tally, failed: bool) -> str | None:
+        """None if there is no line."""
+        size = 0
+
+        def measured(pieces: Iterator[bytes]) -> Iterator[bytes]:
+            nonlocal size
+            for piece in pieces:
+                size += len(piece)
+                yield piece
+
+        pieces = measured(self._answered(tally, failed))
+        first = next(pieces, None)
+        if first is None:
+            return None
+        self._bucket.upload(self.tenant, id, chain([first], pieces))
+        name = f"{self.record.id}_{KINDS[failed]}.jsonl"
+        self._bucket.register_file(self.tenant, id, name, "batch_output", size)
+        return id
+
+    def _answered(self, tally: Tally, failed: bool) -> Iterator[bytes]:
+        """The lines of all parts of a kind that the tally does not have, which it gets."""
+        listed = self._bucket.objects.list(layout.parts(self.record.id))
+        paths = sorted(part.path for part in listed if part.path.endswith(KINDS[failed]))
+        for _, content in self._bucket.objects.find_all(paths):
+            kept = [line for line in split_lines([content]) if tally.add(orjson.loads(line), failed)]
+            if kept:
+                yield b"".join(kept)
