@@ -1,5 +1,6 @@
 """The commands accept what the chart passes to them, and the chart's timeouts are long enough."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -247,4 +248,13 @@ def test_the_notes_show_how_to_reach_the_service():
 def test_the_notes_say_how_many_replicas_each_router_has(values: Object, replicas: str):
     keda = {"serverAddress": "http://prometheus", **values.get("keda", {})}
     text = notes({**values, "keda": keda, "router": {"replicas": 2}, "shard": {"replicas": 3, "settings": {"tp": 4}}})
-    assert f"Routers: 2. Replicas per router: {replicas}. Ranks per replica: 4.\n" in text
+    assert f"Routers: 2. Replicas per router: {replicas}. Ranks per replica: 4.\nThe 4 ranks of a pod share" in text
+
+
+def test_the_notes_say_what_the_ranks_of_a_pod_share():
+    resources = {"requests": {"cpu": "8", "memory": "20Gi"}, "limits": {"memory": "40Gi"}}
+    spanning = {"workload": "LeaderWorkerSet", "nodes": 2, "resources": resources, "settings": {"tp": 4}}
+    (line,) = [line for line in notes({"shard": spanning}).splitlines() if "ranks of a pod" in line]
+    said, _, given = line.partition(": ")
+    assert said == "The 2 ranks of a pod share what shard.resources give to it" and json.loads(given) == resources
+    assert "ranks of a pod" not in notes({})

@@ -128,7 +128,7 @@ def test_values_that_contradict_each_other_are_refused_with_the_reason(values: O
 
 
 @pytest.mark.parametrize(("path", "instead"), FORMER.items())
-def test_values_of_earlier_versions_are_refused_with_what_to_do_instead(path: str, instead: str):
+def test_values_of_earlier_versions_and_other_charts_are_refused_with_what_to_do_instead(path: str, instead: str):
     values = functools.reduce(lambda inner, name: {name: inner}, reversed(path.split(".")), "0")
     with pytest.raises(helm_python.HelmRenderError, match=f"{path} {instead}"):
         render(values)
