@@ -32,6 +32,12 @@ def test_links_in_a_document_work(document: Path) -> None:
             assert not heading or heading in headings(target.read_text()), link
 
 
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "tests/README.md", *(ROOT / "docs").glob("*.md")])
+def test_code_in_a_document_fits_a_narrow_page(document: str | Path) -> None:
+    blocks = re.findall(r"^```.*?^```", (ROOT / document).read_text(), re.M | re.S)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 80] == []
+
+
 @pytest.mark.parametrize("document", ["ARCHITECTURE.md", "CONTRIBUTING.md", "tests/README.md"])
 def test_source_files_that_a_document_names_exist(document: str) -> None:
     named = re.findall(r"`([\w./-]+\.(?:py|proto|cpp|h))`", (ROOT / document).read_text())

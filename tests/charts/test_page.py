@@ -15,7 +15,7 @@ from tests.operate.exported import router_names
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
 FILES = dict(re.findall(r"^```yaml\n# (\S+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
-COMMANDS = re.findall(r"^\$ (.*)$", PAGE, re.MULTILINE)
+COMMANDS = re.findall(r"^\$ (.*)$", re.sub(r" \\\n +", " ", PAGE), re.MULTILINE)
 HELM = [command for command in COMMANDS if re.match(r"helm (install|upgrade) ", command)]
 
 

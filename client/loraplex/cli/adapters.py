@@ -161,7 +161,7 @@ def upload_adapter(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Upload an adapter to the server, as the newest version of a name."""
+    """Upload an adapter. It is the newest version of its name."""
     # Beside PEFT's files, a GGUF file is what the adapter was converted to.
     patterns = UPLOADED if (folder / UPLOADED[0]).exists() else (*UPLOADED, "*.gguf")
     paths = {path.relative_to(folder).as_posix(): path for pattern in patterns for path in folder.glob(pattern)}
@@ -189,7 +189,7 @@ def register_adapter(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Make an adapter the newest version of a name in the server's registry file."""
+    """Give an adapter a name in the registry file. It is the newest version of that name."""
     with connected(server, api_key) as client, Console(stderr=True).status(f"Loading {escape(id)}"):
         adapter = client.register_adapter(
             name, id, source=source, revision=revision, token=token, expected_version=expected_version
@@ -206,7 +206,7 @@ def set_alias(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Make a name in the server's registry file stand for others: sql-canary sql@1=95 sql@2=5."""
+    """Make a name stand for others. It is in the server's registry file: sql-canary sql@1=95 sql@2=5."""
     try:
         shares = dict(map(_share, targets))
     except ValueError:
@@ -236,7 +236,7 @@ def remove_adapter(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Remove an uploaded adapter's name; or a name, an alias or an older version of the registry file."""
+    """Remove a name. It may be of an upload, or in the registry file a name, an alias or an older version."""
     with connected(server, api_key) as client:
         client.remove_adapter(name, expected_version=expected_version)
     typer.echo(f"Removed {name}")

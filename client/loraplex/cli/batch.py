@@ -40,7 +40,7 @@ def batch(
     api_key: ApiKey = None,
     parallel: Annotated[int, typer.Option("--parallel", min=1, max=1024, help="Lines that are sent at a time.")] = 32,
 ) -> None:
-    """Answer a file of requests in the background: everybody else's requests come first.
+    """Answer a file of requests in the background. Everybody else's requests come first.
 
     A line is {"custom_id": ..., "method": "POST", "url": "/v1/...", "body": {...}}. Called again after an interruption,
     it continues.

@@ -17,20 +17,23 @@ SUBJECTS = {  # with shell patterns
         *("model", "revision", "served_model_name", "generation_config", "reasoning_parser"),
         *("device", "dtype", "quantize", "tp", "rank", "nodes", "node_rank", "rendezvous"),
     ),
-    "Adapters": ("adapters*", "adapter_dtype", "adapter_host_gib", "adapter_memory_gib", "max_adapters_on_device"),
+    "Adapters": ("adapters*", "adapter_*", "max_adapters_on_device"),
     "Capacity": (
         *("max_model_len", "max_sequences", "max_batch_tokens", "max_queue", "kv_blocks", "kv_dtype"),
         "gpu_memory_fraction",
+        *("prefix_cache", "max_body_mib", "stored_responses_mib"),
         *("threads", "kernels", "move_seconds", "drain_seconds"),
     ),
     "Network": ("host", "http_port", "grpc_port", "listen", "shards"),
     "Security": ("api_keys", "metrics_auth", "cors_origins", "tls_cert", "tls_key", "mtls_cert", "mtls_key", "mtls_ca"),
     "Telemetry": (
         *("log_format", "log_prompts", "metrics_port", "metrics_adapters", "lorax_metrics", "gateway_metrics"),
-        *("otlp_endpoint", "trace_sampling"),
+        *("usage_log", "otlp_endpoint", "trace_sampling"),
     ),
+    "Batches and resuming": ("batches", "batches_gib", "store", "resume_seconds"),
 }
 OTHERS = "Other"
+EXAMPLE = "LORAPLEX_DRAIN_SECONDS for --drain-seconds"  # a setting of each command
 
 
 def describe(kind: type[BaseModel], command: str, text: str, positional: str, columns: int) -> str:
@@ -39,7 +42,7 @@ def describe(kind: type[BaseModel], command: str, text: str, positional: str, co
     argument = f" [{positional.upper()}]" if positional else ""
     paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
     lines = [f"Usage: loraplex {command}{argument} [OPTIONS]"]
-    for paragraph in (*paragraphs, "Each setting is also an environment variable: LORAPLEX_HTTP_PORT for --http-port."):
+    for paragraph in (*paragraphs, f"Each setting is also an environment variable: {EXAMPLE}."):
         lines += ["", *textwrap.wrap(paragraph, columns, break_long_words=False)]
     for subject, names in _by_subject(kind):
         lines += ["", f"{subject}:"]

