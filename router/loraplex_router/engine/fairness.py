@@ -6,15 +6,21 @@ to the lowest counter of the active tenants, so that nobody saves up service. Wi
 fewest running sequences goes first, with its oldest sequence.
 
 The paper's server only decides admission: a newcomer waits until a running sequence ends. Here it need not: if all
-places are taken, a tenant with at least two more than the newcomer's tenant gives one up, and an adapter with two gives
-one up to an adapter of the same tenant that has none. A sequence that yields finds its blocks in the prefix cache when
-it continues.
+rows or blocks are taken, a tenant with at least two places more than the newcomer's tenant gives one up, and an adapter
+with two gives one up to an adapter of the same tenant that has none. A tenant of which nothing runs also takes places
+of those that have received more service, even their last ones: at once for a new sequence; for one that has yielded
+before, if it is behind by what recomputing the others costs.
+
+A sequence that yields finds its blocks in the prefix cache when it continues. What was evicted meanwhile is computed
+again at the expense of the tenant that it gave way to. So a tenant that takes places with one request after the other
+falls behind, and waits until those who gave way have caught up: each of them receives more service between two yields
+than they cost, and the counters of tenants that wait differ by at most the paper's bound and one such cost.
 
 Background sequences have shares of their own, and take no places from others.
 """
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 
 from loraplex_router.vocabulary.adapter import Adapter
@@ -90,10 +96,14 @@ class Shares:
         self._update(sequence.payer)
 
     def charge(self, sequence: Sequence, stop: int) -> None:
-        """Charges the positions up to `stop` to the tenant, each once, however often it is computed."""
+        """Charges the positions up to `stop`: to the tenant, each once; when they are computed again, to the one that
+        the sequence gave way to."""
         begin, prompt_length = sequence.charged, sequence.prompt_length
         if begin < sequence.computed:
             begin = sequence.computed
+        elif begin > sequence.computed and sequence.gave_way_to:
+            taker = self._all[sequence.gave_way_to]
+            taker.served += (min(stop, begin) - sequence.computed) * PREFILL / taker.weight
         if begin < stop:  # faster than max, and this runs for every chunk
             prefills = min(stop, prompt_length) - begin if begin < prompt_length else 0
             share = self._all[sequence.payer]
@@ -107,22 +117,53 @@ class Shares:
         (share,) = self._active.values()
         return waiting <= share.running.keys()
 
-    def gives_way(self, newcomer: Sequence) -> tuple[Payer, Adapter | None] | None:
-        """Whose youngest sequence yields its place to the newcomer: somebody's, or an adapter's of the newcomer's own.
-        None if nobody has enough more."""
-        own = self.of(newcomer)
-        payer, share = max(self._active.items(), key=lambda item: item[1].total / item[1].weight)
-        if _much_more(share, own):
-            return payer, None
-        if own.running and newcomer.adapter not in own.running:
-            adapter, count = own.running.most_common(1)[0]
-            if count > 1:
-                return newcomer.payer, adapter
-        return None
+    def yielding(
+        self, head: Sequence, running: Iterable[Sequence], lacking: int, blocks: Callable[[Sequence], int]
+    ) -> list[Sequence]:
+        """Which of the running sequences (oldest first) yield to the head, which lacks a row or so many blocks. None if
+        all who would are not enough. `blocks`: how many a sequence leaves."""
+        own = self.of(head)
+        others: dict[Payer, list[Sequence]] = {}
+        for sequence in running:
+            others.setdefault(sequence.payer, []).append(sequence)
+        siblings = others.pop(head.payer, [])
+        yielding: list[Sequence] = []
+        cost = (
+            head.charged * PREFILL / own.weight
+        )  # of computing again those who yield and, if it has yielded, the head
+        while lacking > 0 or not yielding:
+            if richest := self._with_much_more(others, own):
+                sequence = others[richest].pop()
+            elif adapter := _with_several(siblings, head.adapter):
+                sequence = next(s for s in reversed(siblings) if s.adapter is adapter)
+                siblings.remove(sequence)
+            elif not own.total and (most := self._served_most(others)):
+                sequence = others[most].pop()
+                cost += sequence.computed * PREFILL / own.weight if head.attempts else 0.0
+                if own.served + cost > self._all[most].served:
+                    return []
+            else:
+                return []
+            yielding.append(sequence)
+            lacking -= blocks(sequence)
+        return yielding
 
     def has_much_more(self, sequence: Sequence, other: Sequence) -> bool:
         """Whether the sequence's tenant has so many more places than the other one's that it would give one up."""
-        return _much_more(self.of(sequence), self.of(other))
+        share, own = self.of(sequence), self.of(other)
+        return share is not own and _much_more(share.total, share.weight, own)
+
+    def _with_much_more(self, others: dict[Payer, list[Sequence]], own: Share) -> Payer | None:
+        """Who has most places, if that is enough to give one up."""
+        places = {payer: len(sequences) / self._all[payer].weight for payer, sequences in others.items()}
+        richest = max(places, key=places.__getitem__, default=None)
+        if richest and _much_more(len(others[richest]), self._all[richest].weight, own):
+            return richest
+        return None
+
+    def _served_most(self, others: dict[Payer, list[Sequence]]) -> Payer | None:
+        """Who has received most service, of those who have places."""
+        return max((payer for payer in others if others[payer]), key=lambda p: self._all[p].served, default=None)
 
     def _update(self, payer: Payer) -> None:
         share = self._all[payer]
@@ -131,5 +172,15 @@ class Shares:
             del self._active[payer]
 
 
-def _much_more(share: Share, own: Share) -> bool:
-    return share is not own and (share.total - 1) / share.weight >= (own.total + 1) / own.weight
+def _much_more(places: int, weight: float, own: Share) -> bool:
+    """Whether a tenant with so many places gives one up to another one."""
+    return (places - 1) / weight >= (own.total + 1) / own.weight
+
+
+def _with_several(siblings: list[Sequence], adapter: Adapter) -> Adapter | None:
+    """The adapter with most of a tenant's places, if it has two and this one has none."""
+    places = Counter(sequence.adapter for sequence in siblings)
+    if not places or adapter in places:
+        return None
+    (most, count), *_ = places.most_common(1)
+    return most if count > 1 else None

@@ -4,12 +4,12 @@ Each step mixes decodes and prefill chunks of any adapters under one token budge
 new sequences, starting with the tenant that received the least service; within a tenant, running prefills before new
 sequences. Prompt tokens whose logprobs are wanted take more of the budget, since they take longer. A plan with the
 first token of a tenant is not made longer by prompts of a tenant with much more. Blocks are allocated as sequences
-grow. When they run out, the youngest sequence without a chunk in the step is preempted: it gives up its blocks and is
-recomputed later.
+grow. When they run out, a sequence without a chunk in the step is preempted, the youngest of the tenant that received
+most service: it gives up its blocks and is recomputed later.
 
-New sequences: fairness.py decides whose turn it is, among tenants and their adapters. If all rows or blocks are taken,
-someone with much more than the newcomer yields a place. An adapter may start sequences if it is on the device and
-entitled: see entitlement.py. kv_shares.py says which tenants hold more blocks than they may while others want them.
+New sequences: fairness.py decides whose turn it is, among tenants and their adapters, and who yields places if all rows
+or blocks are taken. An adapter may start sequences if it is on the device and entitled: see entitlement.py.
+kv_shares.py says which tenants hold more blocks than they may while others want them.
 
 An activated adapter acts from a position in the prompt on. Chunks are cut there: those before are the base model's, as
 are the blocks before, which all of its adapters then share.
@@ -202,13 +202,13 @@ class Scheduler:
         return None
 
     def _plan_together(self, background: bool) -> Plan | None:
-        may_start = self._yield_place()
+        may_start, passed = self._yield_places()
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
         firsts: dict[Payer, Sequence] = {}  # whose first token comes with the plan, one of each payer
         budget, started = self._limits.max_batch_tokens, 0
         running = [sequence for sequence in self._running if not sequence.suspect] if self._suspects else self._running
-        foreground = not self._num_background or not background or self._has_foreground(may_start)
+        foreground = not self._num_background or not background or self._has_foreground(may_start, passed)
         if not foreground:
             budget = max(self._limits.max_sequences, budget // BACKGROUND_STEP)
         elif self._num_background:
@@ -216,14 +216,14 @@ class Scheduler:
         work = [(sequence, sequence.remaining) for sequence in running]
         decodes = [item for item in work if item[1] == 1]
         prefills = [item for item in work if item[1] > 1]
-        if self._kv_shares:  # others get blocks first
-            decodes.sort(key=lambda item: self._kv_shares.exceeded(item[0]))
+        if self._blocks.available < len(decodes):  # those that are preempted first get blocks last
+            decodes.sort(key=lambda item: self._preempted_first(item[0]))
         for sequence, remaining in decodes:
             if budget and sequence.row is not None:  # still, or an older one has just taken its blocks
                 budget -= self._extend(sequence, remaining, budget, chunks)
         prefills.sort(key=lambda item: self._shares.of(item[0]).order, reverse=True)
         while budget:
-            head = self._next_to_start() if may_start and started < MAX_STARTED else None
+            head = self._next_to_start(passed) if may_start and started < MAX_STARTED else None
             if (
                 head is None
                 or (head.background and foreground)
@@ -252,11 +252,11 @@ class Scheduler:
         come sooner."""
         return any(self._shares.has_much_more(sequence, first) for first in firsts.values())
 
-    def _has_foreground(self, may_start: bool) -> bool:
+    def _has_foreground(self, may_start: bool, passed: Payer | None) -> bool:
         """Whether the next plan is not for background sequences."""
         if any(not (sequence.background or sequence.suspect) for sequence in self._running):
             return True
-        head = self._next_to_start() if may_start else None
+        head = self._next_to_start(passed) if may_start else None
         return head is not None and not head.background
 
     def _plan_alone(self) -> Plan | None:
@@ -296,10 +296,10 @@ class Scheduler:
                 self._kv_shares.hold(sequence, new_blocks)
                 break
             others = (running for running in self._running if running not in chunks)
-            youngest = max(others, key=self._preempted_first)
+            preempted = max(others, key=self._preempted_first)
             self.num_preemptions += 1
-            self._preempt(youngest)
-            if youngest is sequence:
+            self._preempt(preempted, sequence)
+            if preempted is sequence:
                 return 0
         unsent = tuple(sequence.blocks[sequence.sent_blocks :])
         samples = length == remaining and not sequence.detail.pool and not sequence.full
@@ -313,25 +313,32 @@ class Scheduler:
         self._prefixes.cache(sequence)  # for others with the same prompt, even in this step
         return min(ceil(length * cost), budget)
 
-    def _preempted_first(self, running: Sequence) -> tuple[bool, bool, int]:
+    def _preempted_first(self, running: Sequence) -> tuple[bool, bool, float, int]:
         """The sort key: higher is preempted first, if blocks run out."""
-        return running.background, self._kv_shares.exceeded(running), running.number
+        served = self._shares.of(running).served
+        return running.background, self._kv_shares.exceeded(running), served, running.number
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Takes a running sequence's row and blocks; it will be recomputed from its tokens. It must have no chunk in
-        the current plan: others may already build on the blocks that the chunk fills."""
+    def _preempt(self, sequence: Sequence, taker: Sequence | None = None) -> None:
+        """Takes a running sequence's row and blocks; it will be recomputed from its tokens, at the expense of the
+        taker's tenant. It must have no chunk in the current plan: others may already build on the blocks that the chunk
+        fills."""
+        sequence.gave_way_to = taker.payer if taker else None
         self._enqueue(sequence)
         self._stop_running(sequence)
         sequence.computed = 0
 
     # ---- starting --------------------------------------------------------------------------------------------
 
-    def _next_to_start(self) -> Sequence | None:
+    def _next_to_start(self, passed: Payer | None = None) -> Sequence | None:
+        """Whose turn it is. If somebody was passed over, only others of whom nothing runs are next, with new
+        sequences."""
         if not self.num_waiting:
             return None
         queues = [queue for adapter in self._startable() for queue in self._queues.of(adapter)]
         heads = [head for queue in queues if (head := next((s for s in queue if not s.suspect), None))]
         heads = [head for head in heads if not head.in_flight]  # preempted, and its last sample not known yet
+        if passed:
+            heads = [h for h in heads if h.payer != passed and not (h.attempts or self._shares.of(h).total)]
         return min(heads, key=self._turn, default=None)
 
     def _turn(self, head: Sequence) -> tuple[bool, bool, float, float, int, int]:
@@ -347,7 +354,7 @@ class Scheduler:
         return self._kv_shares.exceeded_by(head, hit, self._count_blocks(len(head.tokens)) - len(hit))
 
     def _has_room(self, head: Sequence) -> bool:
-        return bool(self._free_rows) and self._fits(head)
+        return bool(self._free_rows) and self._lacking(head) <= 0
 
     def _find_room(self, head: Sequence) -> bool:
         """Background sequences give up their places, as far as another one needs them."""
@@ -358,29 +365,38 @@ class Scheduler:
             self._preempt(youngest)
         return True
 
-    def _yield_place(self) -> bool:
-        """If the next sequence has no place, those with much more yield as much as it needs. Returns whether it can
-        start now."""
+    def _yield_places(self) -> tuple[bool, Payer | None]:
+        """If the next sequence has no place, others yield as much as it needs. Returns whether a sequence can start
+        now, and whose turn is passed over: a sequence that has yielded may have to wait before others yield to it."""
         if not self._free_rows and self._shares.even(self._queues.adapters):
-            return False
+            return False, None
         head = self._next_to_start()
-        while head and not self._find_room(head):
-            if head.background or self._exceeds_share(head) or (yielding := self._yields_to(head)) is None:
-                return False
-            self.num_yields += 1
-            self._preempt(yielding)
-        return head is not None
+        if head is None or self._make_room(head):
+            return head is not None, None
+        if not head.attempts:
+            return False, None
+        newcomer = self._next_to_start(passed=head.payer)
+        return newcomer is not None and self._make_room(newcomer), head.payer
 
-    def _yields_to(self, head: Sequence) -> Sequence | None:
-        """Whose place the head gets: of a tenant with more blocks than its share, or of somebody with more places."""
-        youngest = self._running[::-1]
-        lacks_blocks = bool(self._free_rows)
-        if lacks_blocks and (exceeding := next((s for s in youngest if self._kv_shares.exceeded(s)), None)):
-            return exceeding
-        if richest := self._shares.gives_way(head):
-            payer, adapter = richest
-            return next(s for s in youngest if s.payer == payer and adapter in (None, s.adapter))
-        return None
+    def _make_room(self, head: Sequence) -> bool:
+        """Has others yield what it needs. Returns whether it can start now."""
+        while not self._find_room(head):
+            if head.background or self._exceeds_share(head):
+                return False
+            if self._free_rows and (exceeding := self._exceeding()):
+                yielding, taker = [exceeding], exceeding  # it had what was not its own
+            elif yielding := self._shares.yielding(head, self._running, self._lacking(head), self._claim):
+                taker = head
+            else:
+                return False
+            for sequence in yielding:
+                self.num_yields += 1
+                self._preempt(sequence, taker)
+        return True
+
+    def _exceeding(self) -> Sequence | None:
+        """The youngest sequence of a tenant that holds more blocks than its share."""
+        return next((s for s in reversed(self._running) if self._kv_shares.exceeded(s)), None)
 
     def _next_suspect(self) -> Sequence | None:
         startable = self._startable()
@@ -392,10 +408,17 @@ class Scheduler:
         """The adapters that may start a sequence now."""
         return [adapter for adapter in (self._adapters.base, *self._entitled()) if adapter.ready and adapter.waiting]
 
-    def _fits(self, sequence: Sequence) -> bool:
+    def _lacking(self, sequence: Sequence) -> int:
+        """How many blocks more it needs to start than there are, without those for the rest of prompts that run."""
         hit = self._prefixes.find(sequence)
         needed = self._count_blocks(len(sequence.tokens)) - len(hit) + self._blocks.count_idle(hit)
-        return needed <= self._blocks.available
+        prefills = (running for running in self._running if running.computed + 1 < len(running.tokens))
+        claimed = sum(self._claim(running) - len(running.blocks) for running in prefills)
+        return needed + claimed - self._blocks.available
+
+    def _claim(self, running: Sequence) -> int:
+        """How many blocks the sequence has or needs for what is known of it."""
+        return max(len(running.blocks), self._count_blocks(len(running.tokens)))
 
     def _start(self, sequence: Sequence) -> None:
         self._queues.remove(sequence)

@@ -90,6 +90,7 @@ class Sequence:
     unscored: int = 0  # number of trailing fast-forward tokens not yet returned with logprobs
     attempts: int = 0  # how often it was started in a row
     charged: int = 0  # positions below this one have been charged to its tenant
+    gave_way_to: Payer | None = None  # who is charged for those that are computed again: whoever took its blocks
     prefix_hit: int = 0  # prompt tokens found in the prefix cache at its first start
     finished: bool = False
     losses: int = 0  # consecutive replicas lost while computing the same part of it: see suspects.py
@@ -101,7 +102,7 @@ class Sequence:
         self.adapter = adapter
         self.computed = self.in_flight = self.sent_blocks = self.cached_blocks = 0
         self.row, self.blocks, self.block_keys = None, [], []
-        self.finished = False
+        self.gave_way_to, self.finished = None, False
 
     @property
     def payer(self) -> Payer:
