@@ -21,7 +21,7 @@ from loraplex import (
     Client,
     MergedAdapters,
 )
-from loraplex_router.adapters.registry_file import read_registry
+from loraplex_router.adapters.registry_content import read_registry
 from tests.e2e.processes import Server
 
 OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}

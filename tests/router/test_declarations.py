@@ -19,7 +19,7 @@ from loraplex_protos.errors import (
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_LOADED as LOADED
 from loraplex_router.access import replaced_file
 from loraplex_router.access.keys import TenantSettings
-from loraplex_router.adapters.registry_file import read_registry, write_registry
+from loraplex_router.adapters.registry_content import read_registry, write_registry
 from loraplex_router.service.adapters import Adapters
 from loraplex_router.vocabulary.references import AdapterReference
 from tests.router.test_keys import ADMIN_KEY, OLD_KEY, hashed

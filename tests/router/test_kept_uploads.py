@@ -22,7 +22,7 @@ from loraplex_protos.errors import (
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_AVAILABLE as AVAILABLE
 from loraplex_router.access import followed_file, replaced_file
 from loraplex_router.adapters import registry_file
-from loraplex_router.adapters.registry_file import RegistryFileError, read_registry
+from loraplex_router.adapters.registry_content import read_registry
 from loraplex_router.vocabulary.references import AdapterReference
 from tests.router.test_registry import write
 from tests.router.test_replicas import Cluster, request
@@ -303,9 +303,9 @@ async def test_with_a_file_that_cannot_be_written_uploads_are_in_memory(path: Pa
 
 
 @pytest.mark.parametrize("id", ["../../etc/passwd", "x", "A" * 32, "policy"])
-def test_a_file_whose_upload_has_no_uploads_id_is_refused(tmp_path: Path, id: str) -> None:
-    with pytest.raises(RegistryFileError, match=r"adapters\.x\.1\.id: .* is not"):
-        read_registry(write(tmp_path, f"adapters: {{x: {{1: {{id: '{id}', source: upload}}}}}}"))
+def test_no_file_is_read_for_an_upload_without_an_uploads_id(tmp_path: Path, id: str) -> None:
+    content = read_registry(write(tmp_path, f"adapters: {{x: {{1: {{id: '{id}', source: upload}}}}}}"))
+    assert "is not" in content.names["x"][1].fault
 
 
 async def test_no_request_names_an_uploads_file_itself(routers: tuple[Cluster, Cluster], path: Path):

@@ -14,6 +14,7 @@ from loraplex_protos.generation_pb2 import (
     ADAPTER_TIER_DISK,
     AdapterStatus,
 )
+from loraplex_router.adapters.registry import reference_to
 from loraplex_router.replicas import prefetching
 from loraplex_router.replicas.prefetching import Prefetched, Prefetching
 from loraplex_router.vocabulary.adapter import Fetch
@@ -43,8 +44,7 @@ async def status(cluster: Cluster, id: str) -> AdapterStatus:
 
 
 def results(cluster: Cluster, id: str) -> list[Prefetched]:
-    version = next(version for version in cluster.registry.versions() if version.id == id)
-    return cluster.prefetching.results(version)
+    return cluster.prefetching.results(reference_to(cluster.registry.find(id)))
 
 
 def fetched(cluster: Cluster) -> list[str]:

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import re
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_protos.errors import (
+    AdapterInvalidError,
     AdapterNotFoundError,
     AdapterSourceError,
     ForbiddenError,
@@ -20,15 +22,19 @@ from loraplex_protos.errors import (
 )
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_ALIAS as ALIAS
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_AVAILABLE as AVAILABLE
+from loraplex_protos.generation_pb2 import ADAPTER_STATE_FAILED as FAILED
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_LOADED as LOADED
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_REGISTERED as REGISTERED
 from loraplex_protos.generation_pb2 import AdapterStatus
 from loraplex_router.access import followed_file
 from loraplex_router.access.keys import TenantSettings
-from loraplex_router.adapters.registry import Registry
-from loraplex_router.adapters.registry_file import RegistryFile, RegistryFileError, read_registry
+from loraplex_router.adapters import registry_file, registry_process
+from loraplex_router.adapters.registry import Registered, Registry
+from loraplex_router.adapters.registry_content import RegistryFileError, read_registry
+from loraplex_router.adapters.registry_file import RegistryFile
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 from loraplex_router.vocabulary.request import Request
+from tests.router.test_engine import Setup
 from tests.router.test_keys import ADMIN_KEY, OLD_KEY, hashed
 from tests.router.test_replicas import Cluster, request
 
@@ -171,8 +177,6 @@ def read_content(content: object):
         ("adapters: {x: {1: {}}}", r"adapters\.x\.1\.id: Field required"),
         ("adapters: {x: {1: {id: a, revison: b}}}", r"adapters\.x\.1\.revison: Extra inputs"),
         ("adapters: {x: {1: {id: a, revision: 1234567}}}", r"adapters\.x\.1\.revision: Input should be a valid string"),
-        ("adapters: {x: {1: {id: a, digest: abc}}}", r"adapters\.x\.1\.digest"),
-        ("adapters: {x: {1: {id: ../a}}}", r"adapters\.x\.1\.id: '\.\./a' is not a valid id"),
         ("adapters: {x@1: {1: {id: a}}}", r"adapters\.x@1: is not a valid name"),
         ("adapters: {'x,y': {1: {id: a}}}", r"adapters\.x,y: is not a valid name"),
         ("adapters:\n  x: {1: {id: a}}\n  x: {1: {id: b}}", "line 2: 'x' is there twice"),
@@ -188,6 +192,70 @@ def read_content(content: object):
 def test_a_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, fault: str) -> None:
     with pytest.raises(RegistryFileError, match=fault):
         read_registry(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("origin", "fault"),
+    [
+        ("{id: ../a}", "its id '../a' is not valid: a part begins with a dot"),
+        ("{id: s3://bucket/../a, source: s3}", "its id 's3://bucket/../a' is not valid"),
+        ("{id: 's3:/a//b'}", "its id 's3:/a//b' is not valid"),
+        ("{id: a, digest: abc}", "its digest 'abc' is not 64 characters of 0-9 a-f"),
+        ("{id: policy, source: upload}", "its id 'policy' is not an upload's"),
+    ],
+)
+async def test_a_version_that_can_never_be_served_is_named_with_its_line_and_the_others_are_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, origin: str, fault: str
+) -> None:
+    text = (
+        f"adapters:\n  sql: {{1: {{id: a}}}}\n  wrong:\n    1: {{id: a}}\n    2: {origin}\naliases: {{new: wrong@2}}\n"
+    )
+    setup = Setup(registry_file=write(tmp_path, text))
+    engine = asyncio.create_task(setup.engine.run())
+    assert "line 5 of the registry file: " + fault in caplog.text
+    for name in ("sql", "wrong@1"):
+        assert len(await setup.answer(1, adapter=name)) == 5
+    for name in ("wrong", "wrong@2", "new"):
+        with pytest.raises(AdapterInvalidError, match=re.escape("of the registry cannot be served: line 5 ")):
+            await setup.answer(1, adapter=name)
+    ((status,), _) = await setup.service.adapters.list(only="wrong@2")
+    assert status.state == FAILED and fault in status.reason
+    await setup.service.adapters.set_alias("other", {"sql": 100.0}, None)  # its line stays as it is
+    assert fault in read_registry(tmp_path / "registry.yaml").names["wrong"][2].fault
+    engine.cancel()
+
+
+@pytest.mark.parametrize("text", [FILE, FILE.replace("id: a,", "id: ../a,"), "aliases: {y: z}"])
+def test_a_long_file_is_read_in_a_process_of_its_own_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    path = write(tmp_path, text)
+
+    def read(by: Callable[[Path], Registered]) -> object:
+        try:
+            return by(path)
+        except RegistryFileError as error:
+            return error.message
+
+    monkeypatch.setattr(registry_process, "SHORT", 0)
+    assert read(registry_process.read_beside) == read(read_registry)
+
+
+async def test_a_change_costs_the_event_loop_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    monkeypatch.setattr(registry_file, "read_beside", lambda path: [reads.append(path), read_registry(path)][1])
+    many = "".join(f"\n  name-{number:03}: {{1: {{id: a}}}}" for number in range(100))
+    setup = Setup(registry_file=write(tmp_path, f"adapters:{many}\n"))
+    file, registry = setup.registry_file, setup.registry
+    former = registry.content.names
+    await setup.service.adapters.set_alias("mine", {"name-007": 100.0}, None)
+    await file.look()
+    assert len(reads) == 1  # what this router writes it need not read
+    assert registry.content.names["name-007"] is former["name-007"] and "mine" in registry.content.aliases
+    write(tmp_path, f"adapters:{many}\n  new: {{1: {{id: b}}}}\n")
+    await file.look()
+    assert len(reads) == 2 and registry.content.names.keys() - former.keys() == {"new"}
+    assert all(registry.content.names[name] is former[name] for name in former)
 
 
 def test_a_file_of_comments_is_an_empty_registry(tmp_path: Path) -> None:

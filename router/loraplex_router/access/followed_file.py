@@ -27,7 +27,10 @@ class FollowedFile:
         """Another one whenever the file is another one."""
         try:
             with open(self._path, "rb") as file:  # so that network file systems ask the server, not their cache
-                status = os.fstat(file.fileno())
+                return state_of(os.fstat(file.fileno()))
         except OSError:
             return ()
-        return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def state_of(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import IO
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> os.stat_result:
     """Either the old content or what `write` writes is there, whatever happens. Two calls for the same path at the same
-    time are the caller's mistake. Raises OSError."""
+    time are the caller's mistake. Returns the new file's status. Raises OSError."""
     new = path.with_name(f".{path.name}.new")
     try:
         with open(new, "wb") as file:
@@ -18,6 +18,7 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+            status = os.fstat(file.fileno())
         new.replace(path)
     except BaseException:
         new.unlink(missing_ok=True)
@@ -27,3 +28,4 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+    return status

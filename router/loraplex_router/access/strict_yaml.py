@@ -50,6 +50,19 @@ def read_yaml(data: bytes) -> Any:
         raise yaml.YAMLError("it is nested too deeply") from None
 
 
+def key_lines(data: bytes) -> dict[tuple[str, ...], int]:
+    """The line of each key in what read_yaml reads, by the keys above it and the key."""
+    found: dict[tuple[str, ...], int] = {}
+    left: list[tuple[tuple[str, ...], Any]] = [((), yaml.compose(data, _Loader))]
+    while left:
+        above, node = left.pop()
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                found[*above, key.value] = key.start_mark.line + 1
+                left.append(((*above, key.value), value))
+    return found
+
+
 def describe(error: ValidationError) -> str:
     """Each fault and where it is, without the value."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)

@@ -5,17 +5,23 @@ A request may name an alias, a name (its newest version), or exactly one version
 hides the same name in the sources, unless the request names its source.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 from math import log
+from operator import itemgetter
+from typing import TypeAlias
 
 from loraplex_protos.adapter_names import normal
-from loraplex_protos.errors import AdapterNotFoundError, FieldViolation, InvalidRequestError, quote
+from loraplex_protos.errors import AdapterInvalidError, AdapterNotFoundError, FieldViolation, InvalidRequestError, quote
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Reference, Version
 
 AT = "@"  # between a name and a version; registered names do not contain it
 COMMA = ","  # between the ids of adapters that are merged; no id contains it
+
+# An id, with the version that it names, or with what it stands for: an alias's targets, or a name's newest version.
+Line: TypeAlias = tuple[str, AdapterReference | Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,15 @@ class Registered:
 
     names: Mapping[str, Mapping[int, Version]] = field(default_factory=dict)  # at least one version each
     aliases: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # to names, versions or aliases: per cent
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """All that it declares, by id, sorted. With thousands of names, ask for it off the event loop first."""
+        found: list[Line] = list(self.aliases.items())
+        for name, versions in self.names.items():
+            found += ((str(version), reference_to(version)) for version in versions.values())
+            found.append((name, {f"{name}{AT}{max(versions)}": 100.0}))
+        return sorted(found, key=itemgetter(0))
 
 
 class Registry:
@@ -44,7 +59,8 @@ class Registry:
         left = [version for name, version in self.uploads.items() if self.declares(name)]
         self.uploads = {name: version for name, version in self.uploads.items() if not self.declares(name)}
         for name, versions in former.names.items():
-            if versions != content.names.get(name):  # in a long registry, nearly all are as they were
+            now = content.names.get(name)
+            if versions is not now and versions != now:  # in a long registry, nearly all are as they were
                 left += versions.values()
         self.edition += 1
         self._notify()
@@ -52,18 +68,13 @@ class Registry:
             reference_to(version) for version in left if self._versions(version.name).get(version.number) != version
         ]
 
-    def versions(self) -> Iterator[AdapterReference]:
-        for versions in self.content.names.values():
-            yield from map(reference_to, versions.values())
-        yield from map(reference_to, self.uploads.values())
+    def upload_lines(self) -> list[Line]:
+        """The same of uploads as Registered.lines."""
+        return Registered({name: {version.number: version} for name, version in self.uploads.items()}).lines
 
-    def aliases(self) -> Iterator[tuple[str, Mapping[str, float]]]:
-        """All that stand for versions: aliases, and names for their newest versions."""
-        yield from self.content.aliases.items()
-        for name, versions in self.content.names.items():
-            yield name, {f"{name}{AT}{max(versions)}": 100.0}
-        for name, version in self.uploads.items():
-            yield name, {str(version): 100.0}
+    def lists(self, id: str) -> bool:
+        """Whether a listing has this id."""
+        return self.has(id) or self.find(id) is not None
 
     def declares(self, id: str) -> bool:
         return id in self.content.names or id in self.content.aliases
@@ -121,6 +132,8 @@ class Registry:
         if version is None:
             versions = ", ".join(map(str, sorted(self._versions(self.bare(target)))))
             raise AdapterNotFoundError(f"the registry has no {quote(target)}; its versions: {versions}")
+        if version.fault:
+            raise AdapterInvalidError(f"{quote(target)} of the registry cannot be served: {version.fault}")
         return replace(reference_to(version), token=reference.token, asked=asked)
 
     def find(self, target: str) -> Version | None:

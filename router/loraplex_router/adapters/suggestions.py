@@ -61,6 +61,8 @@ class Suggestions:
             known = await self._names()
         except LoraplexError:  # no replica can list adapters
             return []
-        usable = [name for name in known if may_use(self._bare(name))]
-        missing = [id for id in ids if id not in known]
-        return [name for id in missing[:1] for name in await asyncio.to_thread(similar, id, usable)]
+        missing = next((id for id in ids if id not in known), None)
+        if missing is None:
+            return []
+        usable = (name for name in known if may_use(self._bare(name)))
+        return await asyncio.to_thread(similar, missing, usable)

@@ -18,7 +18,8 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_router.adapters.registry import AT, Registered, reference_to
-from loraplex_router.adapters.registry_file import ContentError, RegistryFile, RegistryFileError, check
+from loraplex_router.adapters.registry_content import ContentError, RegistryFileError, check
+from loraplex_router.adapters.registry_file import RegistryFile
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.vocabulary.references import AdapterReference, Reference, Upload, Version
 

@@ -4,15 +4,16 @@ import asyncio
 import heapq
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import AdapterNotFoundError, UnavailableError, quote
 from loraplex_router.adapters.registry import COMMA, Registry
+from loraplex_router.adapters.registry import Line as Declared
 from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.replicas.pins import Pins
 from loraplex_router.replicas.prefetching import Prefetching
@@ -31,12 +32,21 @@ from loraplex_router.vocabulary.adapter import Adapter, Fetch, LocalAdapter
 from loraplex_router.vocabulary.references import AdapterReference
 
 NAMES_KEPT = 20  # times as long as listing them took, which is slow if there are thousands
-AT_A_TIME = 500  # lines of a listing computed without a pause
+AT_A_TIME = 100  # lines of a listing computed without a pause
 LISTING_KEPT = 60.0  # seconds, for the pages after the first one
 
 Fetches = Mapping[tuple[str, str, str], Fetch]  # by id, source and revision, as requested
 NO_FETCHES: Fetches = {}
-Line = tuple[tuple[str, str, str], Callable[[], pb.AdapterStatus | None]]  # (id, source, revision), and its status
+
+
+class Line(NamedTuple):
+    key: tuple[str, str, str]  # id, source and revision
+    permitted: str  # the name that a tenant must be allowed to use
+    status: Callable[[], pb.AdapterStatus | None]
+
+    @property
+    def id(self) -> str:
+        return self.key[0]
 
 
 class AdapterPage(NamedTuple):
@@ -64,42 +74,49 @@ class Listing:
         self.dropping: set[tuple[str, str]] = set()  # (digest, id) pairs that are forgotten once nothing needs them
 
     async def page(
-        self, visible: Callable[[str], bool] = lambda id: True, after: str = "", limit: int = 0
+        self, visible: Callable[[str], bool] = lambda name: True, after: str = "", limit: int = 0, only: str = ""
     ) -> AdapterPage:
         """Staged adapters under each requested name, adapters being staged, the registry, and the names in the adapter
-        directory: the `visible` ids after the id `after`, and at least `limit`, if there are so many. 0: all of them.
+        directory: those with `visible` names after the id `after`, and at least `limit`, if there are so many. 0: all
+        of them. `only`: those with this id.
 
         Adapters with the same id are never on two pages. Pages after the first one are of the same adapter directory.
         Raises UnavailableError if no replica can list the directory.
         """
         local, fetches = await self._local(kept=bool(after)), await self._fetches()
-        lines = [*self._loaded(), *self._fetching(fetches)]
-        known = {id for (id, source, _), _ in lines if source in ("", "local")}
-        lines += self._registered(local, fetches, listed={id for (id, _, _), _ in lines})
-        lines = [(key, make) for key, make in lines if key[0] > after and visible(self._registry.bare(key[0]))]
-        on_disk: Iterator[Line] = (
-            ((adapter.id, "local", ""), partial(status_on_disk, adapter, self._registry.has(adapter.id)))
-            for adapter in islice(local, bisect_right(local, after, key=lambda adapter: adapter.id), None)
-            if adapter.id not in known and visible(adapter.id)
+        several = [*self._loaded(), *self._fetching(fetches)]
+        listed = {line.id for line in several}
+        known = {line.id for line in several if line.key[1] in ("", "local")}
+        several += self._registered(self._registry.upload_lines(), local, fetches, listed)
+        declared = self._registry.content.lines
+        beginning = bisect_right(declared, after, key=itemgetter(0)) if after else 0
+        lines = heapq.merge(
+            sorted((line for line in several if line.id > after), key=attrgetter("key")),
+            self._registered(islice(declared, beginning, None), local, fetches, listed),
+            self._in_directory(islice(local, bisect_right(local, after, key=attrgetter("id")), None), known),
+            key=attrgetter("id"),
         )
         page: list[pb.AdapterStatus] = []
-        for key, make in heapq.merge(sorted(lines, key=itemgetter(0)), on_disk, key=itemgetter(0)):
-            if limit and len(page) >= limit and page[-1].id != key[0]:
-                return AdapterPage(page, True)
-            if (status := make()) is not None:  # None: no replica holds it any more
-                page.append(status)
-            if len(page) % AT_A_TIME == 0:
+        for number, line in enumerate(lines):
+            if number % AT_A_TIME == 0:
                 await asyncio.sleep(0)  # let other tasks run
+            if only not in ("", line.id) or not visible(line.permitted):
+                continue
+            if limit and len(page) >= limit and page[-1].id != line.id:
+                return AdapterPage(page, True)
+            if (status := line.status()) is not None:  # None: no replica holds it any more
+                page.append(status)
         return AdapterPage(page, False)
 
     def _loaded(self) -> Iterator[Line]:
+        held = {adapter.digest for replica in self._replicas for adapter in replica.pool}
+        entries = [entry for entry in self._resolutions if entry.digest in held]
         names: dict[str, set[str]] = {}
-        for entry in self._resolutions:
+        for entry in entries:
             names.setdefault(entry.digest, set()).add(entry.id)
-        for entry in self._resolutions:
-            if any(holders_of(self._replicas, entry.digest)):
-                shared = len(names[entry.digest]) > 1
-                yield (entry.id, entry.source, entry.revision), partial(self._status, entry, shared)
+        for entry in entries:
+            key, shared = (entry.id, entry.source, entry.revision), len(names[entry.digest]) > 1
+            yield Line(key, self._registry.bare(entry.id), partial(self._status, entry, shared))
 
     async def _fetches(self) -> Fetches:
         """How far the fetches of all replicas are; of an adapter that several fetch, one of them."""
@@ -113,23 +130,35 @@ class Listing:
         for reference in fetched:
             if isinstance(reference, AdapterReference) and not self._resolutions.digest(reference):
                 key = reference.id, reference.source, reference.revision
-                yield key, partial(status_while_fetched, reference, _fetch_of(reference, fetches))
+                make = partial(status_while_fetched, reference, _fetch_of(reference, fetches))
+                yield Line(key, self._registry.bare(reference.id), make)
 
     def _registered(
-        self, local: Sequence[LocalAdapter] = (), fetches: Fetches = NO_FETCHES, listed: Container[str] = ()
+        self, declared: Iterable[Declared], local: Sequence[LocalAdapter], fetches: Fetches, listed: Container[str]
     ) -> Iterator[Line]:
-        on_disk = {adapter.id: adapter for adapter in local}
-        for version in self._registry.versions():
-            if version.id not in listed:
-                key, origin = (version.id, version.origin.source, ""), version.origin
-                if (fetch := _fetch_of(version, fetches)) is not None:
-                    yield key, partial(status_while_fetched, version, fetch)
-                elif origin.source in ("", "local") and origin.id in on_disk:
-                    yield key, partial(status_in_directory, version, on_disk[origin.id])
-                else:
-                    yield key, partial(status_registered, version, self._prefetching.results(version))
-        for name, targets in self._registry.aliases():
-            yield (name, "", ""), partial(status_of_alias, name, targets)
+        for id, meant in declared:
+            if not isinstance(meant, AdapterReference):
+                yield Line((id, "", ""), id, partial(status_of_alias, id, meant))
+            elif id not in listed:
+                make = partial(self._status_registered, meant, local, fetches)
+                yield Line((id, meant.origin.source, ""), self._registry.bare(id), make)
+
+    def _status_registered(
+        self, version: AdapterReference, local: Sequence[LocalAdapter], fetches: Fetches
+    ) -> pb.AdapterStatus:
+        if (fetch := _fetch_of(version, fetches)) is not None:
+            return status_while_fetched(version, fetch)
+        assert version.version is not None
+        from_directory = not version.version.fault and version.origin.source in ("", "local")
+        if from_directory and (found := _find(local, version.origin.id)) is not None:
+            return status_in_directory(version, found)
+        return status_registered(version, self._prefetching.results(version))
+
+    def _in_directory(self, local: Iterable[LocalAdapter], known: Container[str]) -> Iterator[Line]:
+        for adapter in local:
+            if adapter.id not in known:
+                make = partial(status_on_disk, adapter, self._registry.has(adapter.id))
+                yield Line((adapter.id, "local", ""), adapter.id, make)
 
     async def _local(self, kept: bool = False) -> Sequence[LocalAdapter]:
         """The names in the adapter directory, sorted; with `kept`, as they were a short while ago."""
@@ -144,14 +173,12 @@ class Listing:
 
     async def lists(self, id: str) -> bool:
         """Whether `page` has this id."""
-        named = ((key[0] for key, _ in lines()) for lines in (self._loaded, self._fetching, self._registered))
-        return any(id in ids for ids in named) or await self.in_directory(id)
+        several = [*self._loaded(), *self._fetching()]
+        return self._registry.lists(id) or any(line.id == id for line in several) or await self.in_directory(id)
 
     async def in_directory(self, id: str) -> bool:
         """Whether the adapter directory has this name, as of a short while ago."""
-        local = await self._local(kept=True)
-        place = bisect_left(local, id, key=lambda adapter: adapter.id)
-        return place < len(local) and local[place].id == id
+        return _find(await self._local(kept=True), id) is not None
 
     async def names(self) -> frozenset[str]:
         """The names of available adapters, except merged ones, and those on the hub and in object stores that were
@@ -159,8 +186,8 @@ class Listing:
         began = time.monotonic()
         if began >= self._named_until:
             local = await self._local()
-            listed = (id for (id, _, _), _ in (*self._loaded(), *self._fetching(), *self._registered()))
-            known = {id for id in listed if COMMA not in id}
+            known = {line.id for line in (*self._loaded(), *self._fetching()) if COMMA not in line.id}
+            known.update(id for id, _ in (*self._registry.content.lines, *self._registry.upload_lines()))
             self._names = frozenset(known.union(adapter.id for adapter in local if not adapter.fault))
             now = time.monotonic()
             self._named_until = now + NAMES_KEPT * (now - began)
@@ -191,6 +218,12 @@ def holders_of(replicas: Replicas, digest: str) -> Iterator[tuple[Replica, Adapt
     for replica in replicas:
         if adapter := replica.pool.get(digest):
             yield replica, adapter
+
+
+def _find(local: Sequence[LocalAdapter], id: str) -> LocalAdapter | None:
+    """The one with this name, of those that are sorted."""
+    place = bisect_left(local, id, key=attrgetter("id"))
+    return local[place] if place < len(local) and local[place].id == id else None
 
 
 def _fetch_of(reference: AdapterReference, fetches: Fetches) -> Fetch | None:

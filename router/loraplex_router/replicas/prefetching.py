@@ -5,6 +5,7 @@ import asyncio
 import logging
 import random
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from loraplex_protos.errors import (
@@ -18,9 +19,10 @@ from loraplex_protos.errors import (
 from loraplex_router.adapters.registry import Registry
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
-from loraplex_router.vocabulary.references import AdapterReference, Upload
+from loraplex_router.vocabulary.references import AdapterReference
 
 AT_A_TIME = 2  # per replica
+LOOK_AT = 200  # versions without a pause
 FIRST_WAIT, LONGEST_WAIT = 30.0, 1800.0  # seconds until a failed one is tried again; twice as long each time
 PASSING = AdapterSourceError, OverloadedError, UnavailableError, DeadlineError  # errors that may not come again
 
@@ -40,13 +42,15 @@ class Prefetched:
 class _Work:
     """What is done and still to be done on one replica."""
 
-    results: dict[AdapterReference, Prefetched] = field(default_factory=dict)
-    due: deque[AdapterReference] = field(default_factory=deque)
+    results: dict[str, tuple[AdapterReference, Prefetched]] = field(default_factory=dict)  # by the version's name
+    again: deque[AdapterReference] = field(default_factory=deque)  # that failed
+    others: Iterator[AdapterReference] = field(default_factory=lambda: iter(()))  # some of which have results
+    fetched_bytes: int = 0
     running: set[asyncio.Task[None]] = field(default_factory=set)
 
-    @property
-    def fetched_bytes(self) -> int:
-        return sum(result.fetched_bytes or 0 for result in self.results.values())
+    def result(self, version: AdapterReference) -> Prefetched | None:
+        found = self.results.get(version.id)
+        return found[1] if found is not None and found[0] == version else None
 
 
 class Prefetching:
@@ -60,7 +64,7 @@ class Prefetching:
 
     def results(self, version: AdapterReference) -> list[Prefetched]:
         """What became of a version, on the replicas where it was tried."""
-        return [work.results[version] for work in self._work.values() if version in work.results]
+        return [result for work in self._work.values() if (result := work.result(version)) is not None]
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -72,45 +76,79 @@ class Prefetching:
                 known = await self._replicas.changes.unlike(
                     lambda: (self._registry.edition, self._replicas.version), known
                 )
-                self._update()
+                await self._update()
         finally:
             for work in self._work.values():
                 for task in work.running:
                     task.cancel()
 
-    def _update(self) -> None:
-        versions = {each for each in self._registry.versions() if not isinstance(each.origin, Upload)}
+    async def _update(self) -> None:
         for gone in self._work.keys() - set(self._replicas):
             for task in self._work.pop(gone).running:
                 task.cancel()
         for replica in self._replicas:
             work = self._work.setdefault(replica, _Work())
-            work.results = {version: result for version, result in work.results.items() if version in versions}
-            work.due = deque(sorted(versions - work.results.keys(), key=lambda version: version.id))
+            work.others = self._versions()
+            for number, (id, (version, result)) in enumerate(list(work.results.items())):
+                if self._registry.find(id) != version.version:
+                    del work.results[id]
+                    work.fetched_bytes -= result.fetched_bytes or 0
+                if number % LOOK_AT == 0:
+                    await asyncio.sleep(0)
             self._start(replica, work)
 
+    def _versions(self) -> Iterator[AdapterReference]:
+        """Those that may be fetched, by name."""
+        for _, version in self._registry.content.lines:
+            if isinstance(version, AdapterReference) and isinstance(version.origin, AdapterReference):
+                yield version
+
     def _start(self, replica: Replica, work: _Work) -> None:
-        for _ in range(min(len(work.due), AT_A_TIME - len(work.running))):
+        for _ in range(AT_A_TIME - len(work.running)):
             task = asyncio.create_task(self._fetch_due(replica, work))
             work.running.add(task)
             task.add_done_callback(work.running.discard)
 
     async def _fetch_due(self, replica: Replica, work: _Work) -> None:
-        while work.due:
+        while True:
             await self._replicas.changes.until(lambda: replica.accepting and not replica.adapters.fetching())
-            if work.due and work.fetched_bytes >= self._most:
-                logger.warning(
-                    "%d registered adapters are not fetched before their first request: --adapter-prefetch-gib",
-                    len(work.due),
-                )
-                work.due.clear()
-            if work.due:
-                await self._fetch(replica, work, work.due.popleft())
+            if work.fetched_bytes >= self._most:
+                return await self._leave(work)
+            version = await self._next(work)
+            if version is None:
+                return
+            await self._fetch(replica, work, version)
+
+    async def _next(self, work: _Work) -> AdapterReference | None:
+        """The next version that is due."""
+        if work.again:
+            return work.again.popleft()
+        for number, version in enumerate(work.others):
+            if work.result(version) is None:
+                return version
+            if number % LOOK_AT == 0:
+                await asyncio.sleep(0)
+        return None
+
+    async def _leave(self, work: _Work) -> None:
+        """Nothing more is fetched until there are other versions."""
+        others, left = work.others, len(work.again)
+        work.others = iter(())
+        work.again.clear()
+        for number, version in enumerate(others):
+            left += work.result(version) is None
+            if number % LOOK_AT == 0:
+                await asyncio.sleep(0)
+        if left:
+            logger.warning(
+                "%d registered adapters are not fetched before their first request: --adapter-prefetch-gib", left
+            )
 
     async def _fetch(self, replica: Replica, work: _Work, version: AdapterReference) -> None:
         origin = version.origin
         assert isinstance(origin, AdapterReference)
-        result = work.results.setdefault(version, Prefetched())
+        result = work.result(version) or Prefetched()
+        work.results[version.id] = version, result
         try:
             result.fetched_bytes = await replica.shards.fetch(origin)
         except LoraplexError as error:
@@ -122,9 +160,11 @@ class Prefetching:
                 asyncio.get_running_loop().call_later(wait, self._try_again, replica, version)
         else:
             result.reason = ""
+            if work.result(version) is result:  # it has not left meanwhile
+                work.fetched_bytes += result.fetched_bytes
 
     def _try_again(self, replica: Replica, version: AdapterReference) -> None:
         work = self._work.get(replica)
-        if work is not None and version in work.results:  # it has not left meanwhile
-            work.due.append(version)
+        if work is not None and work.result(version) is not None:  # it has not left meanwhile
+            work.again.append(version)
             self._start(replica, work)

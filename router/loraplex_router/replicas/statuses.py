@@ -88,7 +88,8 @@ def status_registered(version: AdapterReference, prefetched: Sequence[Prefetched
     """Of a version in the registry, or an upload, that is not loaded."""
     if isinstance(version.origin, Upload):
         return _version(version, pb.ADAPTER_STATE_AVAILABLE)
-    failed = next((each.reason for each in prefetched if each.reason), "")
+    assert version.version is not None
+    failed = version.version.fault or next((each.reason for each in prefetched if each.reason), "")
     status = _version(version, pb.ADAPTER_STATE_REGISTERED)
     if failed:
         status.state, status.reason = pb.ADAPTER_STATE_FAILED, failed

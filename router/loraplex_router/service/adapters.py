@@ -59,11 +59,11 @@ class Adapters:
         self._keys.administrator(key)
         return self._registry.has(name)
 
-    async def list(self, key: str | None = None, after: str = "", limit: int = 0) -> AdapterPage:
+    async def list(self, key: str | None = None, after: str = "", limit: int = 0, only: str = "") -> AdapterPage:
         """Adapters that are staged or in the adapter directory, as far as the caller may use them: those after the id
-        `after`, and at most `limit`, but for those with the same id. 0: all of them."""
+        `after`, and at most `limit`, but for those with the same id. 0: all of them. `only`: those with this id."""
         tenant = self._keys.tenant(key)
-        page = await self._administration.listing.page(tenant.may_use, after, limit)
+        page = await self._administration.listing.page(tenant.may_use, after, limit, only)
         for number, status in enumerate(page.adapters):
             self._remarked(status)
             if status.state in (REGISTERED, ALIAS) and self._registry.fault:

@@ -50,6 +50,7 @@ class Version:
     number: int
     origin: AdapterReference | Upload
     digest: str = ""  # of its content; empty: any
+    fault: str = ""  # why it can never be served; empty if nothing is known to be wrong
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"

@@ -14,6 +14,7 @@ from loraplex_router.api.http.json_list import write_list
 from loraplex_router.api.http.json_message import write_message
 from loraplex_router.api.http.multipart import split_files
 from loraplex_router.api.uploads import receive
+from loraplex_router.replicas.listing import AT_A_TIME
 from loraplex_router.replicas.uploads import Announcement
 
 ERRORS: Responses = {status: error for status, error in LORAX_ERRORS.items() if status not in (429, 499)}
@@ -61,7 +62,7 @@ async def list_adapters(call: Call, limit: Limit = 0, after: After = "") -> Resp
     if after and not await call.service.adapters.lists(after, call.key):
         raise InvalidRequestError(FieldViolation("after", f"must be a listed id, which {quote(after)} is not"))
     page = await call.service.adapters.list(call.key, after, limit)
-    return StreamingResponse(write_list(map(write_message, page.adapters)), media_type="application/json")
+    return StreamingResponse(write_list(map(write_message, page.adapters), AT_A_TIME), media_type="application/json")
 
 
 @router.post("/load", responses=ANSWERS)

@@ -1,5 +1,6 @@
 """The models that clients can name: the base model and adapters, which vLLM's routes load and unload."""
 
+import asyncio
 import time
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from loraplex_router.api.http.named_loads import NamedLoad, NamedUnload, load_na
 from loraplex_router.api.http.openai import answers
 from loraplex_router.api.http.openai.pages import cut_page
 from loraplex_router.api.http.openai_errors import ERRORS, OpenaiError
+from loraplex_router.replicas.listing import AT_A_TIME
 from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.adapter import OTHER_BASE_NAMES
 
@@ -41,7 +43,7 @@ async def models(call: Call, limit: Limit = None, after: After = "") -> Response
     found = await _list_models(call)
     ids = list(found)
     part, ends = cut_page(ids, limit, after, "a listed model")
-    written = write_data((_describe(call.service, id, found[id]) for id in ids[part]), **ends)
+    written = write_data((_describe(call.service, id, found[id]) for id in ids[part]), AT_A_TIME, **ends)
     return StreamingResponse(written, media_type="application/json")
 
 
@@ -50,7 +52,8 @@ async def models(call: Call, limit: Limit = None, after: After = "") -> Response
 )
 async def model(model: str, call: Call) -> Response:
     """One of the models that are listed."""
-    found, name = await _list_models(call), normal(model)
+    name = normal(model)
+    found = await _list_models(call, only=name)
     if name in found:
         return JSONResponse(_describe(call.service, name, found[name]))
     raise AdapterNotFoundError(f"the model {quote(model)} does not exist")
@@ -72,16 +75,19 @@ async def vllm_unload(body: NamedUnload, call: Call) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-async def _list_models(call: Call) -> dict[str, pb.AdapterStatus | None]:
+async def _list_models(call: Call, only: str = "") -> dict[str, pb.AdapterStatus | None]:
     """Statuses by id, in the order of the listing. The base model, which has no status, comes first, under all its
-    names. An adapter with one of these names is listed with the prefix that requests need."""
+    names. An adapter with one of these names is listed with the prefix that requests need. `only`: the base model's
+    names, and adapters with this one."""
     names = call.service.model_names
     found: dict[str, pb.AdapterStatus | None] = dict.fromkeys(names)
-    for status in (await call.service.adapters.list(call.key)).adapters:
+    ambiguous, prefix = {*names, *OTHER_BASE_NAMES}, f"{names[0]}:"
+    page = await call.service.adapters.list(call.key, only=only.removeprefix(prefix))
+    for number, status in enumerate(page.adapters):
+        if number % AT_A_TIME == 0:
+            await asyncio.sleep(0)  # let other tasks run
         if status.state != pb.ADAPTER_STATE_BROKEN:
-            found.setdefault(
-                f"{names[0]}:{status.id}" if status.id in (*names, *OTHER_BASE_NAMES) else status.id, status
-            )
+            found.setdefault(prefix + status.id if status.id in ambiguous else status.id, status)
     return found
 
 
