@@ -27,6 +27,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from loraplex_protos.generation_pb2 import AdapterReference, GenerateRequest, Stopping
 from loraplex_protos.generation_pb2_grpc import GenerationServiceStub
+from loraplex_protos.tracing import TIMEOUT
+from loraplex_shard.device.troubles import END_SECONDS
 from tests.e2e.processes import Server
 from tests.e2e.tiny import save_adapter, save_model
 
@@ -181,3 +183,7 @@ def test_every_request_is_a_usage_event(collected: Collector):
         if event["loraplex.adapter"].string_value == "sql"
     ]
     assert generated == [TOKENS] * 3
+
+
+def test_a_collector_that_does_not_answer_delays_the_end_of_a_rank_by_less_than_the_rank_has():
+    assert TIMEOUT < END_SECONDS

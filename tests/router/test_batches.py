@@ -279,6 +279,26 @@ async def test_tenants_have_files_and_batches_of_their_own_and_their_own_limits(
     assert row["response"]["status_code"] == 403
 
 
+async def test_a_tenant_at_its_limits_delays_neither_its_other_requests_nor_the_batches_of_others(
+    tmp_path: Path,
+) -> None:
+    tenants = TENANTS | {"one": TENANTS["one"].model_copy(update={"max_requests": 1})}
+    world = World(tmp_path, tenants=tenants)
+    one, two = world.client("one"), world.client("two")
+    world.setup.shards.loads_held.clear()  # lines of the adapter wait
+    async with world.running():
+        waiting = await create(one, text(*(line(n, body=BODY | {"model": "a"}) for n in range(90))))
+        async with asyncio.timeout(30):
+            while world.setup.engine.idle:
+                await asyncio.sleep(0.05)
+        assert (await one.completions.create(**BODY)).choices  # a place that the batch does not take
+        assert (await ended(two, await create(two, text(*map(line, range(90)))))).status == "completed"
+        assert (await one.batches.retrieve(waiting.id)).request_counts.completed == 0
+        world.setup.shards.loads_held.set()
+        await one.batches.cancel(waiting.id)
+        assert (await ended(one, waiting)).status == "cancelled"
+
+
 @pytest.mark.parametrize("id", ["file-1", "../../etc/passwd", "file-" + "0" * 24, "..%2f..%2fetc"])
 async def test_an_id_that_is_not_one_is_unknown(id: str, place: str) -> None:
     world = World(place)

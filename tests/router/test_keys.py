@@ -103,6 +103,17 @@ def test_the_number_of_concurrent_requests_is_limited() -> None:
     tenant.begin(0.0)
 
 
+def test_what_runs_in_the_background_does_not_keep_a_tenants_other_requests_waiting() -> None:
+    tenant = Tenant("acme", Allowance(max_requests=1, max_adapters=1))
+    background = tenant.begin(0.0, ["a"], background=True)
+    tenant.begin(0.0, ["b"])
+    for refused in (False, True):
+        with pytest.raises(RateLimitedError, match="1 requests"):
+            tenant.begin(0.0, [], background=refused)
+    background.end_part()
+    tenant.begin(0.0, ["c"], background=True)
+
+
 def test_a_call_of_several_parts_counts_once_and_until_all_have_ended() -> None:
     tenant = Tenant("acme", Allowance(max_requests=1, requests_per_minute=60))
     visit = tenant.begin(0.0)

@@ -41,9 +41,9 @@ class Router:
         self.visits: list[Visit] = []
         self.clock = clock
 
-    async def begin(self, *adapters: str) -> str:
+    async def begin(self, *adapters: str, background: bool = False) -> str:
         """What is refused, in words; empty if nothing is."""
-        beginning = asyncio.create_task(self.limits.begin(self.tenant, self.clock[0], adapters))
+        beginning = asyncio.create_task(self.limits.begin(self.tenant, self.clock[0], adapters, background))
         await asyncio.sleep(0)
         await self.limits.exchange()
         try:
@@ -53,7 +53,8 @@ class Router:
         return ""
 
 
-BEGIN = st.tuples(st.just("begin"), st.integers(0, 2), st.sets(st.sampled_from("abc"), max_size=2))
+ADAPTERS = st.sets(st.sampled_from("abc"), max_size=2)
+BEGIN = st.tuples(st.just("begin"), st.integers(0, 2), st.tuples(ADAPTERS, st.booleans()))
 STEPS = st.lists(
     st.one_of(
         *[BEGIN] * 4,
@@ -80,19 +81,21 @@ async def follow(url: str, steps: list[tuple[str, int, object]]) -> None:
     for what, number, detail in steps:
         router = routers[number]
         if what == "begin":
+            adapters, background = detail
             held = [visit for each in routers for visit in each.visits]
             leased = held + [visit for until, visits in lost if until > clock[0] for visit in visits]
+            leased = [visit for visit in leased if visit.background is background]  # which have limits of their own
             names = set().union(*(visit.adapters for visit in leased))
-            refusal = await router.begin(*detail)
+            refusal = await router.begin(*adapters, background=background)
             if "requests at once" in refusal:
                 assert len(leased) == 3
             elif "adapters at once" in refusal:
-                assert len(names | detail) > 2
+                assert len(names | adapters) > 2
             elif refusal:
                 assert "6 requests a minute" in refusal and begun > 5
             else:
                 begun += 1
-                assert len(leased) < 3 and len(names | detail) <= max(2, len(names))
+                assert len(leased) < 3 and len(names | adapters) <= max(2, len(names))
                 assert begun <= 6 + (clock[0] - 1000.0) * 6 / 60 + 1e-6
         elif what == "end" and router.visits:
             router.visits.pop(detail % len(router.visits)).end_part()

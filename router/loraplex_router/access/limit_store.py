@@ -24,17 +24,19 @@ if not now then
   now = time[1] + time[2] / 1e6
 end
 
-local levels, visits, adapters, count = {}, use.visits, {}, 0
-local function missing(names)
+local levels = {}
+-- Of all routers, in the order of use.held: those that somebody waits for, and those in the background.
+local all = {{visits = 0, adapters = {}, count = 0}, {visits = 0, adapters = {}, count = 0}}
+local function missing(of, names)
   local new = 0
   for _, name in ipairs(names) do
-    if not adapters[name] then new = new + 1 end
+    if not of.adapters[name] then new = new + 1 end
   end
   return new
 end
-local function add(names)
-  count = count + missing(names)
-  for _, name in ipairs(names) do adapters[name] = true end
+local function add(of, visits, names)
+  of.visits, of.count = of.visits + visits, of.count + missing(of, names)
+  for _, name in ipairs(names) do of.adapters[name] = true end
 end
 
 local stored = redis.call('HGETALL', key)
@@ -45,11 +47,10 @@ for place = 1, #stored, 2 do
   elseif value.ends <= now then
     redis.call('HDEL', key, name)
   elseif name ~= use.router then
-    visits = visits + value.visits
-    add(value.adapters)
+    for kind, held in ipairs(value.held) do add(all[kind], held.visits, held.adapters) end
   end
 end
-add(use.adapters)
+for kind, held in ipairs(use.held) do add(all[kind], held.visits, held.adapters) end
 
 for kind, rate in pairs(use.rates) do
   local former = levels[kind] or {rate, now}
@@ -57,29 +58,29 @@ for kind, rate in pairs(use.rates) do
 end
 if use.rates.tokens then levels.tokens[1] = levels.tokens[1] - use.spent end
 
-local function refusal(names)
-  if use.max_requests and visits >= use.max_requests then return 'visits' end
-  local new = missing(names)
-  if use.max_adapters and new > 0 and count + new > use.max_adapters then return 'adapters' end
+local function refusal(of, names)
+  if use.max_requests and of.visits >= use.max_requests then return 'visits' end
+  local new = missing(of, names)
+  if use.max_adapters and new > 0 and of.count + new > use.max_adapters then return 'adapters' end
   for _, kind in ipairs({'requests', 'tokens'}) do
     if use.rates[kind] and levels[kind][1] < 1 then return kind end
   end
   return ''
 end
 local refusals = {}
-for place, names in ipairs(use.begins) do
-  refusals[place] = refusal(names)
+for place, begins in ipairs(use.begins) do
+  local of, held, names = all[begins.kind], use.held[begins.kind], begins.adapters
+  refusals[place] = refusal(of, names)
   if refusals[place] == '' then
-    visits, use.visits = visits + 1, use.visits + 1
-    add(names)
-    for _, name in ipairs(names) do table.insert(use.adapters, name) end
+    add(of, 1, names)
+    held.visits = held.visits + 1
+    for _, name in ipairs(names) do table.insert(held.adapters, name) end
     if use.rates.requests then levels.requests[1] = levels.requests[1] - 1 end
   end
 end
 
-if use.visits > 0 then
-  local own = {ends = now + use.lease, visits = use.visits, adapters = use.adapters}
-  redis.call('HSET', key, use.router, cmsgpack.pack(own))
+if use.held[1].visits + use.held[2].visits > 0 then
+  redis.call('HSET', key, use.router, cmsgpack.pack({ends = now + use.lease, held = use.held}))
 else
   redis.call('HDEL', key, use.router)
 end
@@ -96,6 +97,32 @@ return cjson.encode({refusals = refusals, left = left})
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """What a router has begun of a tenant, of one kind."""
+
+    visits: int = 0
+    adapters: frozenset[str] = frozenset()  # that these name
+
+    def with_begun(self, begun: Sequence[frozenset[str]]) -> "Held":
+        """With these visits' adapters."""
+        return Held(self.visits + len(begun), self.adapters.union(*begun))
+
+    def encode(self) -> dict[str, Any]:
+        return {"visits": self.visits, "adapters": sorted(self.adapters)}
+
+
+@dataclass(frozen=True, slots=True)
+class Begins:
+    """A visit that a router wants to begin."""
+
+    adapters: frozenset[str]
+    background: bool
+
+    def encode(self) -> dict[str, Any]:
+        return {"kind": 1 + self.background, "adapters": sorted(self.adapters)}
+
+
+@dataclass(frozen=True, slots=True)
 class Use:
     """What a router says of a tenant, and asks for it."""
 
@@ -103,20 +130,18 @@ class Use:
     max_requests: int | None
     max_adapters: int | None
     rates: dict[str, int]  # a minute
-    visits: int  # that it has begun
-    adapters: frozenset[str]  # that these name
+    held: tuple[Held, Held]  # visits that somebody waits for, and those in the background
     spent: int  # tokens since it said so last
-    begins: tuple[frozenset[str], ...] = ()  # the adapters of each visit that it wants to begin, in this order
+    begins: tuple[Begins, ...] = ()  # in this order
 
     def encode(self, router: str, now: float | None) -> bytes:
         said: dict[str, Any] = {
             "router": f"router:{router}",
             "lease": LEASE_SECONDS,
             "rates": self.rates,
-            "visits": self.visits,
-            "adapters": sorted(self.adapters),
+            "held": [each.encode() for each in self.held],
             "spent": self.spent,
-            "begins": [sorted(names) for names in self.begins],
+            "begins": [each.encode() for each in self.begins],
         }
         limits = {"max_requests": self.max_requests, "max_adapters": self.max_adapters, "now": now}
         return orjson.dumps(said | {name: limit for name, limit in limits.items() if limit is not None})

@@ -9,15 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from loraplex_protos.errors import UnavailableError
-from loraplex_router.access.limit_store import LimitStore, Use, Verdict
+from loraplex_router.access.limit_store import Begins, Held, LimitStore, Use, Verdict
 from loraplex_router.access.tenant import Tenant, Visit
 
 RENEW_SECONDS = 1.0  # between two times that a router says what it has in use: several in a lease
 
 logger = logging.getLogger(__name__)
 
-Held = tuple[int, frozenset[str]]  # the visits of a tenant, and the adapters that they name
-NOTHING: Held = (0, frozenset())
+NOTHING = Held(), Held()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,15 +31,15 @@ class SharedLimits:
     def __init__(self, store: LimitStore, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._clock = clock
-        self._tenants: dict[Tenant, Held] = {}  # what the store knows of those that have something in use
+        self._tenants: dict[Tenant, tuple[Held, Held]] = {}  # what the store knows of those that have something in use
         self._beginnings: list[_Beginning] = []
         self._news = asyncio.Event()
         self._renewed = 0.0
         self._fails: bool | None = None  # whether the store did when it was asked last; None: it was not
 
-    async def begin(self, tenant: Tenant, now: float, adapters: Iterable[str] = ()) -> Visit:
+    async def begin(self, tenant: Tenant, now: float, adapters: Iterable[str] = (), background: bool = False) -> Visit:
         """Starts a call: see Tenant.begin."""
-        visit = tenant.begin(now, adapters)
+        visit = tenant.begin(now, adapters, background)
         if not tenant.limited:
             return visit
         self._tenants.setdefault(tenant, NOTHING)
@@ -86,7 +85,7 @@ class SharedLimits:
         for tenant, known in self._tenants.items():
             own = of_tenants[tenant]
             use = _use(tenant, [each.visit for each in own])
-            if own or use.spent or (use.visits, use.adapters) != known or (renews and use.visits):
+            if own or use.spent or use.held != known or (renews and use.held != NOTHING):
                 due[tenant] = use, own
         if not due and self._fails is False:
             return
@@ -96,7 +95,7 @@ class SharedLimits:
             if not self._fails:
                 logger.warning("each router counts limits for itself for now: %s", error.message)
             self._fails = True
-            self._tenants = {tenant: NOTHING for tenant in self._tenants if tenant.visits}
+            self._tenants = {tenant: NOTHING for tenant in self._tenants if _held(tenant, ()) != NOTHING}
             self._answer(beginnings, ())
             return
         if self._fails:
@@ -107,9 +106,13 @@ class SharedLimits:
             self._answer(own, verdict.refusals)
 
     def _take(self, tenant: Tenant, use: Use, verdict: Verdict) -> None:
-        begun = [names for names, refusal in zip(use.begins, verdict.refusals, strict=True) if not refusal]
-        known = use.visits + len(begun), use.adapters.union(*begun)
-        if known == NOTHING and not tenant.visits:
+        begun = [each for each, refusal in zip(use.begins, verdict.refusals, strict=True) if not refusal]
+        interactive, background = use.held
+        known = (
+            interactive.with_begun([each.adapters for each in begun if not each.background]),
+            background.with_begun([each.adapters for each in begun if each.background]),
+        )
+        if known == NOTHING and _held(tenant, ()) == NOTHING:
             del self._tenants[tenant]
         else:
             self._tenants[tenant] = known
@@ -127,14 +130,23 @@ class SharedLimits:
 
 
 def _use(tenant: Tenant, begins: Sequence[Visit]) -> Use:
-    adapters = tenant.adapters - Counter(name for visit in begins for name in visit.adapters)
     return Use(
         tenant.name,
         tenant.max_requests,
         tenant.max_adapters,
         tenant.rates,
-        tenant.visits - len(begins),
-        frozenset(adapters),
+        _held(tenant, begins),
         tenant.take_spent(),
-        tuple(visit.adapters for visit in begins),
+        tuple(Begins(visit.adapters, visit.background) for visit in begins),
     )
+
+
+def _held(tenant: Tenant, without: Sequence[Visit]) -> tuple[Held, Held]:
+    return _held_of(tenant, without, False), _held_of(tenant, without, True)
+
+
+def _held_of(tenant: Tenant, without: Sequence[Visit], background: bool) -> Held:
+    left_out = [visit for visit in without if visit.background is background]
+    visits = tenant.visits[background]
+    adapters = visits.adapters - Counter(name for visit in left_out for name in visit.adapters)
+    return Held(visits.count - len(left_out), frozenset(adapters))

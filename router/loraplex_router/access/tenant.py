@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Annotated
 
@@ -23,8 +23,9 @@ class Allowance(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     adapters: list[str] | None = None  # shell patterns, but * also matches /; the base model is open to all
-    max_requests: Count | None = None  # running or waiting at the same time
-    max_adapters: Count | None = None  # that these requests name
+    # Running or waiting at the same time, and as many in the background: these do not keep others from being admitted.
+    max_requests: Count | None = None
+    max_adapters: Count | None = None  # that these requests name, and likewise
     requests_per_minute: Count | None = None
     tokens_per_minute: Count | None = None  # of prompts and answers
     weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0  # of its share where others wait, too
@@ -55,14 +56,21 @@ class _Bucket:
         return self.level
 
 
+@dataclass(slots=True)
+class Visits:
+    """Those that run or wait."""
+
+    count: int = 0
+    adapters: Counter[str] = field(default_factory=Counter)  # by how many visits each is used
+
+
 class Tenant:
     """A tenant and what it has in use."""
 
     def __init__(self, name: str, allowance: Allowance) -> None:
         self.name = name
         self.update(allowance)
-        self.visits = 0
-        self.adapters: Counter[str] = Counter()  # by how many visits each is used
+        self.visits = {False: Visits(), True: Visits()}  # in the background: True
         self._buckets = {"requests": _Bucket(), "tokens": _Bucket()}
         for kind, rate in self.rates.items():
             self._buckets[kind].level = float(rate)
@@ -105,19 +113,20 @@ class Tenant:
             left.append(Remaining(kind, rate, max(0, int(level)), (rate - level) * 60 / rate))
         return left
 
-    def begin(self, now: float, adapters: Iterable[str] = ()) -> "Visit":
+    def begin(self, now: float, adapters: Iterable[str] = (), background: bool = False) -> "Visit":
         """Starts a call that names these adapters, at time `now`, in seconds. Raises RateLimitedError if a limit is
         reached."""
-        if self.max_requests is not None and self.visits >= self.max_requests:
+        visits = self.visits[background]
+        if self.max_requests is not None and visits.count >= self.max_requests:
             raise self.refusal("visits", now)
         names = frozenset(adapters)
-        self._check_adapters(names, now)
+        self._check_adapters(names, visits, now)
         for kind in self.rates:
             self._check_rate(kind, now)
         self._buckets["requests"].level -= 1
-        self.visits += 1
-        self.adapters.update(names)
-        return Visit(self, names)
+        visits.count += 1
+        visits.adapters.update(names)
+        return Visit(self, names, background)
 
     def refusal(self, kind: str, now: float) -> RateLimitedError:
         """What a call gets that reaches a limit: "visits", "adapters", "requests" or "tokens"."""
@@ -153,16 +162,17 @@ class Tenant:
             bucket.level, bucket.filled_at = level - (self._spent if kind == "tokens" else 0), now
 
     def end(self, visit: "Visit") -> None:
-        self.visits -= 1
-        self.adapters -= Counter(visit.adapters)
+        visits = self.visits[visit.background]
+        visits.count -= 1
+        visits.adapters -= Counter(visit.adapters)
 
-    def _check_adapters(self, names: frozenset[str], now: float) -> None:
+    def _check_adapters(self, names: frozenset[str], visits: Visits, now: float) -> None:
         limit = self.max_adapters
         if limit is None:
             return
         if len(names) > limit:
             raise ForbiddenError(f"this API key allows {limit} adapters at once: name fewer in a request")
-        if len(names | self.adapters.keys()) > limit:
+        if len(names | visits.adapters.keys()) > limit:
             raise self.refusal("adapters", now)
 
     def _check_rate(self, kind: str, now: float) -> None:
@@ -173,9 +183,10 @@ class Tenant:
 class Visit:
     """A call of a tenant, which counts once for the limits, whatever it consists of. Ends when all its parts have."""
 
-    def __init__(self, tenant: Tenant, adapters: frozenset[str]) -> None:
+    def __init__(self, tenant: Tenant, adapters: frozenset[str], background: bool) -> None:
         self.tenant = tenant
         self.adapters = adapters
+        self.background = background
         self._parts = 1
         self._spends = False
 

@@ -3,7 +3,8 @@ it, and background work."""
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from typing import Any, TypeAlias
 
@@ -15,12 +16,12 @@ from loraplex_router.batches.records import BatchRecord, Status
 
 logger = logging.getLogger(__name__)
 
-MOST_LINES = 64  # in flight, of all batches together
+MOST_LINES = 64  # of all batches together that are asked at the same time, and of a tenant, those that wait included
 BUSY = {OverloadedError.http_status, UnavailableError.http_status}
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before what met a busy server, or a place that fails, is tried again
 
-# Answers a request of a tenant: its path and body; status, request id and body.
-Answer: TypeAlias = Callable[[str, str, dict[str, Any]], Awaitable[tuple[int, str, dict[str, Any]]]]
+# Answers a request of a tenant: its path and body; status, headers (by names in any case) and body.
+Answer: TypeAlias = Callable[[str, str, dict[str, Any]], Awaitable[tuple[int, Mapping[str, str], dict[str, Any]]]]
 
 
 class BatchRunner:
@@ -32,6 +33,8 @@ class BatchRunner:
         self._answer = answer
         self._longest = longest
         self._places = asyncio.Semaphore(max(1, min(MOST_LINES, max_queue // 4)))
+        # A tenant whose limits are reached waits without a place, so that others' batches go on.
+        self._lines: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MOST_LINES))
         self._running: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -117,32 +120,36 @@ class BatchRunner:
                 await lines
 
     async def _send_all(self, job: Job) -> None:
-        remaining = job.remaining()
+        remaining, lines = job.remaining(), self._lines[job.tenant]
         async with asyncio.TaskGroup() as group:
             while True:
-                await self._places.acquire()
+                await lines.acquire()
                 try:
                     line = await self._batches.call(_next, remaining)
                 except BaseException:
-                    self._places.release()
+                    lines.release()
                     raise
                 if line is None:
-                    self._places.release()
+                    lines.release()
                     return
                 task = group.create_task(self._send(job, line))
-                task.add_done_callback(lambda _: self._places.release())
+                task.add_done_callback(lambda _: lines.release())
 
     async def _send(self, job: Job, line: Line) -> None:
         wait = FIRST_WAIT
         while True:
-            status, request_id, body = await self._answer(job.tenant, line.url, line.body)
+            async with self._places:
+                status, headers, body = await self._answer(job.tenant, line.url, line.body)
             if status not in BUSY:
                 break
-            await asyncio.sleep(wait)
-            wait = min(2 * wait, LONGEST_WAIT)
+            if after := headers.get("Retry-After"):
+                await asyncio.sleep(float(after))
+            else:
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, LONGEST_WAIT)
         while True:
             try:
-                return await self._batches.call(job.add, line, status, request_id, body)
+                return await self._batches.call(job.add, line, status, headers.get("X-Request-Id", ""), body)
             except UnavailableError:
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, LONGEST_WAIT)

@@ -80,10 +80,13 @@ class Requests:
 
     async def visit(self, tenant: Tenant, arrived: float, parts: Iterable[Request | EmbedRequest]) -> Visit:
         """What one call takes of the tenant's limits, until `end_visit`. Raises RateLimitedError."""
-        names = frozenset(id for part in parts for id in ids_of(part.adapter))
+        names, background = set[str](), True
+        for part in parts:
+            names.update(ids_of(part.adapter))
+            background &= part.background
         if self._limits is None:
-            return tenant.begin(arrived, names)
-        return await self._limits.begin(tenant, arrived, names)
+            return tenant.begin(arrived, names, background)
+        return await self._limits.begin(tenant, arrived, names, background)
 
     def end_visit(self, visit: Visit) -> None:
         """The call has started all that it will start."""

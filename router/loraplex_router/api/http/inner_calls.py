@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import orjson
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message
 
 from loraplex_router.access.keys import Keys
@@ -14,8 +15,8 @@ class InnerCalls:
         self._app = app
         self._keys = keys
 
-    async def post(self, tenant: str, path: str, body: dict[str, Any]) -> tuple[int, str, dict[str, Any]]:
-        """Makes a background request for a tenant. Returns the status, the request's id and the answer."""
+    async def post(self, tenant: str, path: str, body: dict[str, Any]) -> tuple[int, Headers, dict[str, Any]]:
+        """Makes a background request for a tenant. Returns the status, the headers and the answer."""
         headers = {"content-type": "application/json", "host": "localhost", "priority": "u=7"}
         if key := self._keys.key_for(tenant):
             headers["authorization"] = f"Bearer {key}"
@@ -54,5 +55,4 @@ class InnerCalls:
             if not answered.is_set():
                 raise
         content = b"".join(message.get("body", b"") for message in sent[1:])
-        received = {name.lower(): value for name, value in sent[0]["headers"]}
-        return sent[0]["status"], received.get(b"x-request-id", b"").decode(), orjson.loads(content)
+        return sent[0]["status"], Headers(raw=sent[0]["headers"]), orjson.loads(content)
