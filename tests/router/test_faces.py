@@ -72,6 +72,17 @@ def test_what_they_say_to_call_exists():
 
 
 @pytest.mark.parametrize(
+    ("name", "here"),
+    [("text", "completions"), ("prompt", "completions"), ("messages", "chat/completions")],
+)
+async def test_another_servers_body_at_generate_says_where_it_belongs(name: str, here: str):
+    client = Client(Setup(), "/generate", {name: "Hi", "sampling_params": {}})
+    await client.run()
+    said = f"`body` has `{name}`: here the prompt is `inputs`; OpenAI's form is for /v1/{here}"
+    assert client.status == 422 and json.loads(client.bodies[0])["error"] == f"Input validation error: {said}"
+
+
+@pytest.mark.parametrize(
     ("path", "body", "field"),
     [
         ("/embed", {"inputs": "A", "parameters": {"adapter_id": "../x"}}, "adapter_id"),

@@ -44,11 +44,11 @@ def locate(root: Path) -> None:
                 "checkpoint-100/optimizer.pt",
                 "trainer_state.json",
             ],
-            "there are adapters below it: use checkpoint-5 or checkpoint-20 or checkpoint-100$",
+            "adapters in folders below it: checkpoint-5, checkpoint-20, checkpoint-100; name one, or move it up$",
         ),
-        ([f"v0-2025/checkpoint-1/{CONFIG}"], "use v0-2025/checkpoint-1$"),
-        ([f"default/{CONFIG}"], "use default$"),
-        ([f"{letter}/{CONFIG}" for letter in "abcdefg"], "use c or d or e or f or g, and 2 others$"),
+        ([f"v0-2025/checkpoint-1/{CONFIG}"], "below it: v0-2025/checkpoint-1; "),
+        ([f"default/{CONFIG}"], "below it: default; "),
+        ([f"{letter}/{CONFIG}" for letter in "abcdefg"], "below it: c, d, e, f, g and 2 others; "),
     ],
 )
 def test_what_is_not_an_adapter_is_called_what_it_is(tmp_path: Path, names: list[str], reason: str) -> None:

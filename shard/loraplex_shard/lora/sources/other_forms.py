@@ -45,7 +45,9 @@ def why_no_adapter(names: Collection[str]) -> str:
     they do not tell."""
     if inside := [dirname(name) for name in names if _SUBFOLDER.fullmatch(name)]:
         inside.sort(key=lambda folder: [(not part.isdecimal(), part.zfill(20)) for part in re.split(r"(\d+)", folder)])
-        more = f", and {len(inside) - MOST_NAMED} others" if len(inside) > MOST_NAMED else ""
-        return f"there are adapters below it: use {' or '.join(inside[-MOST_NAMED:])}{more}"
+        more = f" and {len(inside) - MOST_NAMED} others" if len(inside) > MOST_NAMED else ""
+        return (
+            f"there are adapters in folders below it: {', '.join(inside[-MOST_NAMED:])}{more}; name one, or move it up"
+        )
     files = {basename(name) for name in names}
     return next((said for form, said in _FORMS.items() if any(re.fullmatch(form, file) for file in files)), "")

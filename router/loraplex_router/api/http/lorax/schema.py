@@ -1,8 +1,8 @@
 """The JSON of LoRAX's routes. A null stands for an absent field."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraplex_router.api.http.fields import BIAS, Bias, Items
 from loraplex_router.api.http.response_format import ResponseFormat
@@ -11,6 +11,7 @@ from loraplex_router.vocabulary.sampling import Sampling
 
 Uint32 = Annotated[int, Field(ge=0, lt=2**32)]
 Uint64 = Annotated[int, Field(ge=0, lt=2**64)]
+OTHER_PROMPTS = ("messages", "text", "input_ids", "prompt")
 
 
 class MergedAdapters(BaseModel):
@@ -60,6 +61,16 @@ class Parameters(Sampling):
 class GenerateRequest(OpenBody):
     inputs: str
     parameters: Parameters | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_not_another_servers(cls, sent: Any) -> Any:
+        """SGLang and the first vLLM have other bodies at /generate."""
+        named = [name for name in OTHER_PROMPTS if name in sent] if isinstance(sent, dict) else []
+        if named and sent.get("inputs") is None:
+            here = "chat/completions" if named[0] == "messages" else "completions"
+            raise ValueError(f"has `{named[0]}`: here the prompt is `inputs`; OpenAI's form is for /v1/{here}")
+        return sent
 
 
 class CompatGenerateRequest(GenerateRequest):
