@@ -1,18 +1,24 @@
 """One request's work on the event loop, and in one step, is bounded. Work is counted here, not timed."""
 
+import asyncio
 import gc
+import re
+import sys
 import threading
-from types import SimpleNamespace
+from contextlib import suppress
+from types import FrameType, SimpleNamespace
 
 import fastapi.routing
 import pytest
 
 from loraplex_protos import generation_pb2, shard_pb2
 from loraplex_protos.adapter_names import why_not
+from loraplex_router.api.http import json_body
 from loraplex_router.api.http.face import build_routes
 from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs
 from loraplex_router.engine import fairness
 from loraplex_router.engine.delta import Delta
+from loraplex_router.text.json_limits import LONG
 from loraplex_router.text.model import read_model
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import WORD_SIZE, Sample
@@ -32,6 +38,90 @@ async def test_no_request_waits_for_routes_to_be_built(monkeypatch: pytest.Monke
     client = Client(setup, "/nowhere")
     await client.run()
     assert client.status == 404 and not built
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [1, 2], "max_tokens": 2, "temperature": 0, "repeat_penalty": 1.0}),
+        ("/v1/completions", {"prompt": [1, "a"], "max_tokens": -2}),
+        ("/v1/completions", [1, 2]),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"text": "a"}]}], "n": "a"}),
+        ("/v1/messages", {"model": "base", "max_tokens": 1, "messages": [], "system": None, "a": 1}),
+        ("/v1/responses", {"input": [{"type": "a"}]}),
+        ("/generate", {"inputs": "A", "parameters": {"max_new_tokens": 1, "a": 1}}),
+        ("/tokenize", {"inputs": "A"}),
+        ("/tokenize", {"prompt": "A", "add_special_tokens": False}),
+        ("/tokenize", {"prompt": 1}),
+        ("/classify", {"inputs": "A", "parameters": 1}),
+        ("/classify", {"input": "A", "truncate_prompt_tokens": "a"}),
+        ("/rerank", {"query": "A", "documents": [1]}),
+        ("/adapters/load", {"id": 1}),
+    ],
+)
+async def test_long_bodies_are_read_on_a_thread_and_answered_as_short_ones(
+    path: str, body: object, monkeypatch: pytest.MonkeyPatch
+):
+    setup, threads, parse = Setup(), list[threading.Thread](), json_body.parse
+    monkeypatch.setattr(json_body, "parse", lambda sent: threads.append(threading.current_thread()) or parse(sent))
+    engine = asyncio.create_task(setup.engine.run())
+    answers = []
+    for blanks in (0, LONG):
+        client = Client(setup, path, body)
+        client._body = b" " * blanks + client._body
+        await client.run()
+        said = re.sub(r"cmpl-\w+|\"created\":\d+", "", "".join(client.bodies))
+        answers.append((client.status, said, client.headers.get("x-warnings")))
+    assert answers[0] == answers[1]
+    assert threads[0] is threading.main_thread() and threads[1] is not threads[0]
+    engine.cancel()
+    with suppress(asyncio.CancelledError):
+        await engine
+
+
+MANY = 4000
+TEXT = {"type": "text", "text": "A"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [TEXT] * MANY}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}] * MANY}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "A"}] * MANY}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "A"}], "guided_choice": ["A"] * 9 * MANY}),
+        ("/v1/completions", {"prompt": "A", "max_tokens": 1, **{f"a{at}": 1 for at in range(MANY)}}),
+        ("/v1/completions", {"prompt": ["A"] * 9 * MANY}),
+        ("/v1/completions", {"prompt": "A", "stop": ["A"] * 9 * MANY}),
+        ("/v1/completions", {"prompt": "A", "stop_token_ids": [1] * 9 * MANY}),
+        ("/v1/completions", {"prompt": "A", "bad_words": ["A"] * 9 * MANY}),
+        ("/v1/messages", {"model": "base", "max_tokens": 1, "messages": [{"role": "user", "content": [TEXT] * MANY}]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_text", "text": "A"}] * MANY}]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image"}] * MANY}]}),
+        ("/rerank", {"query": "A", "documents": ["A"] * MANY}),
+    ],
+    ids=range(13),
+)
+async def test_a_large_request_makes_few_calls_on_the_event_loop(path: str, body: dict[str, object]):
+    setup, calls = Setup(), 0
+
+    def count(frame: FrameType, event: str, of: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    engine = asyncio.create_task(setup.engine.run())
+    await Client(setup, path, {}).run()  # what is made once is there
+    client = Client(setup, path, body)
+    sys.setprofile(count)
+    try:
+        await client.run()
+    finally:
+        sys.setprofile(None)
+    assert client.status in (200, 400) and calls < 12 * MANY
+    engine.cancel()
+    with suppress(asyncio.CancelledError):
+        await engine
 
 
 def test_a_long_adapter_name_is_refused_before_its_characters_are_looked_at():

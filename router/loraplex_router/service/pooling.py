@@ -2,11 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from loraplex_protos.errors import RequestCancelledError
 from loraplex_router.access.keys import Keys
+from loraplex_router.access.tenant import Visit
 from loraplex_router.engine.generation import Generation
 from loraplex_router.service.requests import Requests
 from loraplex_router.telemetry.telemetry import Telemetry
@@ -18,7 +19,7 @@ from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest, Pr
 from loraplex_router.vocabulary.sequence import FinishReason
 from loraplex_router.vocabulary.volume import Volume
 
-FEW_INPUTS = 32  # to embed before other tasks get a turn
+FEW_INPUTS = 32  # to start, or to end, before other tasks get a turn
 
 
 class Pooling:
@@ -92,10 +93,15 @@ class Pooling:
             for generation in started:
                 await _finish_pooling(generation)
             return started
-        finally:
-            for generation in started:
-                self._requests.close(generation)
-            self._requests.end_visit(visit)
+        finally:  # a second cancellation does not stop it
+            await asyncio.shield(self._close(started, visit))
+
+    async def _close(self, generations: Sequence[Generation], visit: Visit) -> None:
+        for number, generation in enumerate(generations, 1):
+            self._requests.close(generation)
+            if number % FEW_INPUTS == 0:
+                await asyncio.sleep(0)
+        self._requests.end_visit(visit)
 
 
 async def _finish_pooling(generation: Generation) -> None:

@@ -1,5 +1,6 @@
 """How well documents fit a query: by a classifier that was trained on pairs, or by the likeness of embeddings."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import hypot
@@ -97,10 +98,9 @@ async def _compare(service: Service, request: ScoreRequest, key: str | None) -> 
         request.background,
     )
     found = await service.pooling.embed(asked, key)
-    vectors = [each.values for each in found]
-    count = len(request.queries)
+    vectors, count = [each.values for each in found], len(request.queries)
     queries = vectors[:count] * (len(request.documents) if count == 1 else 1)
-    values = [_cosine(query, document) for query, document in zip(queries, vectors[count:], strict=True)]
+    values = await asyncio.to_thread(lambda: list(map(_cosine, queries, vectors[count:])))  # there may be a thousand
     return Scores(values, sum(each.prompt_tokens for each in found), found)
 
 

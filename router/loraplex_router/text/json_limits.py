@@ -15,6 +15,7 @@ MAX_DEPTH = 128  # nested lists and objects: serde_json's limit, as in other ser
 MAX_ELEMENTS = 2**18  # commas: a quarter of a million token ids
 MAX_NODES = 2**15  # lists, objects and object keys
 SLICE = 2**16  # bytes scanned without a pause
+LONG = 2**14  # bytes of a body: reading more delays the event loop more than handing it to a thread
 
 _ESCAPED = re.compile(rb"\\.", re.DOTALL)
 _BRACKETS = b"[]{}"
@@ -58,27 +59,18 @@ def check_structure(text: bytes) -> None:
 
 
 async def parse_body(body: bytes) -> Any:
-    """The value of a whole body. Other tasks run while it is scanned. Raises ValueError as `parse` does."""
-    structure = JsonStructure()
-    for start in range(0, len(body), SLICE):
-        structure.feed(body[start : start + SLICE])
-        if start:
-            await asyncio.sleep(0)
-    return _parse(body)
+    """The value of a whole body; other tasks run while a long one is read. Raises ValueError as `parse` does."""
+    return await asyncio.to_thread(parse, body) if len(body) > LONG else parse(body)
 
 
-def parse(text: str) -> Any:
+def parse(text: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises ValueError, with a message that can follow the name of what was read. Also refuses lone surrogates, which the
     standard library accepts but which are not characters and cannot be encoded.
     """
-    encoded = text.encode(errors="surrogatepass")
+    encoded = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     check_structure(encoded)
-    return _parse(encoded)
-
-
-def _parse(encoded: bytes) -> Any:
     try:
         return from_json(encoded)
     except ValueError as error:

@@ -7,7 +7,7 @@ from math import isfinite
 from loraplex_protos.adapter_names import is_id, why_not
 from loraplex_protos.errors import quote
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
-from loraplex_router.vocabulary.request import AS_MANY_AS_FIT, EmbedRequest, Request
+from loraplex_router.vocabulary.request import AS_MANY_AS_FIT, EmbedRequest, Prompt, Request
 from loraplex_router.vocabulary.violations import Violations
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -45,14 +45,12 @@ def check_request(request: Request, vocab_size: int, sources: Collection[str]) -
     kept = request.truncate in (None, AS_MANY_AS_FIT) or request.truncate >= 1
     found.check(kept, "truncate", "must be at least 1, or absent")
     most = vocab_size if request.adapter is None and not request.adapters else MAX_VOCABULARY
-    if isinstance(request.prompt, tuple):
-        known = min(request.prompt, default=0) >= 0 and max(request.prompt, default=0) < most
-        found.check(known, _token_field(request), f"every id must be below {most}")
+    _check_prompt(request.prompt, most, _token_field(request), found)
     found.add(request.sampling.check(most))
     _check_stopping(request, most, found)
     _check_allowed(request, most, found)
     found.check(len(request.bad_words) <= MAX_BAD_WORDS, "bad_words", f"at most {MAX_BAD_WORDS} texts")
-    lengths = all(1 <= len(word) <= MAX_STOP_LENGTH for word in request.bad_words)
+    lengths = all(1 <= len(word) <= MAX_STOP_LENGTH for word in request.bad_words[:MAX_BAD_WORDS])
     found.check(lengths, "bad_words", f"each text must have 1 to {MAX_STOP_LENGTH} characters")
     if request.grammar is not None:
         found.add(request.grammar.check())
@@ -92,8 +90,18 @@ def check_embed_request(request: EmbedRequest, vocab_size: int, sources: Collect
     check_session(request.session, found)
     found.check(1 <= len(request.inputs) <= MAX_INPUTS, "inputs", f"send 1 to {MAX_INPUTS} inputs")
     found.raise_any()
-    for part in request.parts():
-        check_request(part, vocab_size, sources)
+    last = request.part(len(request.inputs) - 1)  # all are alike but for their prompts, and none has a longer id
+    check_request(last, vocab_size, sources)
+    most = vocab_size if request.adapter is None else MAX_VOCABULARY
+    for prompt in request.inputs:
+        _check_prompt(prompt, most, "inputs", found)
+    found.raise_any()
+
+
+def _check_prompt(prompt: Prompt, vocab_size: int, field: str, found: Violations) -> None:
+    if isinstance(prompt, tuple):
+        known = min(prompt, default=0) >= 0 and max(prompt, default=0) < vocab_size
+        found.check(known, field, f"every id must be below {vocab_size}")
 
 
 def check_session(session: str, found: Violations) -> None:
@@ -163,9 +171,9 @@ def _check_stopping(request: Request, vocab_size: int, found: Violations) -> Non
         "must not exceed max_new_tokens",
     )
     found.check(len(request.stop) <= MAX_STOPS, "stopping.stop", f"at most {MAX_STOPS} texts")
-    lengths = all(1 <= len(stop) <= MAX_STOP_LENGTH for stop in request.stop)
+    lengths = all(1 <= len(stop) <= MAX_STOP_LENGTH for stop in request.stop[:MAX_STOPS])
     found.check(lengths, "stopping.stop", f"each text must have 1 to {MAX_STOP_LENGTH} characters")
     tokens = request.stop_token_ids
     found.check(len(tokens) <= MAX_STOP_TOKENS, "stopping.stop_token_ids", f"at most {MAX_STOP_TOKENS} ids")
-    known = all(0 <= token < vocab_size for token in tokens)
+    known = all(0 <= token < vocab_size for token in tokens[:MAX_STOP_TOKENS])
     found.check(known, "stopping.stop_token_ids", f"every id must be below {vocab_size}")

@@ -48,9 +48,11 @@ class Grammar:
 
     @classmethod
     def choice(cls, texts: Sequence[str], field: str = "grammar.choice") -> Self:
-        """One of these texts. Raises InvalidRequestError if there are none."""
-        if not texts:
-            raise InvalidRequestError(FieldViolation(field, "give at least one text"))
+        """One of these texts. Raises InvalidRequestError if there are none, or too many to be written."""
+        most = MAX_LENGTH[GrammarKind.LARK]
+        if not 1 <= len(texts) <= most or sum(map(len, texts)) > most:
+            description = f"give 1 to {most} texts, of at most {most} characters in total"
+            raise InvalidRequestError(FieldViolation(field, description))
         alternatives = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
         return cls(GrammarKind.LARK, f"start: {alternatives}", field=field)
 

@@ -1,5 +1,6 @@
 """The internal request, common to all faces. checks.py and context_length.py check it."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -74,21 +75,22 @@ class EmbedRequest:
     def detail(self) -> Detail:
         return Detail(pool=True)
 
-    def parts(self) -> list[Request]:
+    def parts(self) -> Iterator[Request]:
         """One request per input."""
-        pooled = Request(
-            "",
+        return map(self.part, range(len(self.inputs)))
+
+    def part(self, place: int) -> Request:
+        """The request for one of the inputs."""
+        numbered = bool(self.request_id) and len(self.inputs) > 1
+        return Request(
+            self.inputs[place],
+            request_id=f"{self.request_id}-{place}" if numbered else self.request_id,
             adapter=self.adapter,
             truncate=self.truncate,
             detail=self.detail,
             background=self.background,
             warnings=self.warnings,
         )
-        numbered = bool(self.request_id) and len(self.inputs) > 1
-        return [
-            replace(pooled, prompt=prompt, request_id=f"{self.request_id}-{place}" if numbered else self.request_id)
-            for place, prompt in enumerate(self.inputs)
-        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from loraplex_router.api.calls import MAX_TOOLS, TOOL_NAME
 from loraplex_router.api.http.fields import MAX_MESSAGES, STRICT, Items
@@ -11,24 +11,25 @@ from loraplex_router.vocabulary.violations import Violations
 
 TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}  # type -> its field
 
+SENT = "_sent"  # where a value that is kept is, beside the fields
+
 
 class AsSent(BaseModel):
     """Validates a value, but keeps the client's own: chat templates see all fields, in the client's order."""
 
     model_config = ConfigDict(extra="allow")
 
-    _sent: dict[str, Any] = PrivateAttr()
-
     @model_validator(mode="wrap")
     @classmethod
     def _keep(cls, sent: dict[str, Any], check: ModelWrapValidatorHandler[Self]) -> Self:
         found = check(sent)
-        found._sent = sent
+        found.__dict__[SENT] = sent  # a private attribute takes several times as long as all else: there may be many
         return found
 
     @property
     def sent(self) -> dict[str, Any]:
-        return self._sent
+        sent: dict[str, Any] = self.__dict__[SENT]
+        return sent
 
 
 class ContentPart(AsSent):
@@ -128,9 +129,10 @@ def _read_message(message: ChatMessage, place: int, found: Violations) -> Messag
     content: Content = message.content if isinstance(message.content, str) else None
     if isinstance(message.content, list):
         for at, part in enumerate(message.content):
-            name, field = f"messages[{place}][content][{at}]", TEXT_PARTS.get(part.type)
-            found.check(field is not None, name, f"is of type {part.type[:100]!r}: the model reads text")
-            found.check(field is None or _text_of(part) is not None, name, f"has no {field}")
+            if _text_of(part) is None:
+                field = TEXT_PARTS.get(part.type)
+                wrong = f"has no {field}" if field else f"is of type {part.type[:100]!r}: the model reads text"
+                found.check(False, f"messages[{place}][content][{at}]", wrong)
         content = [_read_part(part) for part in message.content]
     return Message(role, content, fields)
 
@@ -140,5 +142,6 @@ def _read_part(part: ContentPart) -> dict[str, Any]:
 
 
 def _text_of(part: ContentPart) -> str | None:
-    text: str | None = getattr(part, TEXT_PARTS.get(part.type, ""), None)
+    field = TEXT_PARTS.get(part.type)
+    text: str | None = getattr(part, field) if field else None
     return text

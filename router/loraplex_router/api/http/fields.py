@@ -49,12 +49,14 @@ Prompts = Annotated[
 
 def read_prompts(given: str | list[str] | list[int] | list[list[int]], add_special_tokens: bool = True) -> list[Prompt]:
     """One text, several, the token ids of one, or those of several."""
-    kind = str if add_special_tokens else RenderedChat
     if isinstance(given, str):
-        return [kind(given)]
+        given = [given]
     if given and isinstance(given[0], int):
         return [tuple(given)]
-    return [kind(part) if isinstance(part, str) else tuple(part) for part in cast(list[str] | list[list[int]], given)]
+    parts = cast(list[Any], given)
+    if not parts or isinstance(parts[0], str):
+        return parts[:] if add_special_tokens else [RenderedChat(text) for text in parts]
+    return [tuple(part) for part in parts]
 
 
 def _few(given: Any) -> Any:

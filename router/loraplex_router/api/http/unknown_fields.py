@@ -1,16 +1,18 @@
 """Fields of a body that this server does not have: they are ignored, with a warning that names them. Those that would
 name an adapter are refused: the base model would answer in its place."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
 from loraplex_protos.errors import quote
 from loraplex_router.vocabulary.violations import Violations
 
-NAME_ADAPTERS = (  # on routes of other servers, or in another place of the body
-    *("adapter", "adapter_id", "adapter_ids", "adapter_name", "adapters", "merged_adapters"),
-    *("lora", "lora_adapter", "lora_adapters", "lora_id", "lora_int_id", "lora_name", "lora_path", "lora_request"),
+NAME_ADAPTERS = dict.fromkeys(  # on routes of other servers, or in another place of the body
+    (
+        *("adapter", "adapter_id", "adapter_ids", "adapter_name", "adapters", "merged_adapters"),
+        *("lora", "lora_adapter", "lora_adapters", "lora_id", "lora_int_id", "lora_name", "lora_path", "lora_request"),
+    )
 )
 HARMLESS = frozenset({"user", "metadata", "client_metadata", "priority", "request_id"})  # they change no answer
 MOST_NAMED, MOST_CHARACTERS = 16, 64  # names, and their characters, in a warning
@@ -27,19 +29,18 @@ def unknown_fields(*bodies: BaseModel | None, harmless: Container[str] = HARMLES
 
     Raises InvalidRequestError for one that would name an adapter.
     """
-    found, sent = Violations(), [item for body in bodies if body for item in (body.model_extra or {}).items()]
-    for name, value in sent:
-        unset = name not in NAME_ADAPTERS or value in (None, "", [], {})
+    found, sent = Violations(), [body.model_extra or {} for body in bodies if body]
+    for name, value in ((name, fields.get(name)) for fields in sent for name in NAME_ADAPTERS):
+        unset = value in (None, "", [], {})
         found.check(unset, name, "does not name an adapter here: use `model` on /v1, `parameters.adapter_id` elsewhere")
     found.raise_any()
-    return _warning(
-        name for name, value in sent if value is not None and name not in harmless and name not in NAME_ADAPTERS
-    )
+    return _warning([name for fields in sent for name, value in fields.items() if value is not None], harmless)
 
 
-def _warning(unknown: Iterable[str]) -> tuple[str, ...]:
-    names = [quote(name[:MOST_CHARACTERS]) for name in unknown]
-    if not names:
+def _warning(names: Sequence[str], harmless: Container[str]) -> tuple[str, ...]:
+    unknown = [name for name in names if name not in harmless and name not in NAME_ADAPTERS]
+    if not unknown:
         return ()
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return (f"ignored, because it is not a field of this server: {', '.join(names[:MOST_NAMED])}{more}",)
+    shown = ", ".join(quote(name[:MOST_CHARACTERS]) for name in unknown[:MOST_NAMED])  # there may be thousands
+    more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
+    return (f"ignored, because it is not a field of this server: {shown}{more}",)

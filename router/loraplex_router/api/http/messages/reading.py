@@ -134,7 +134,8 @@ def _is_right(block: Block, allowed: Sequence[str], name: str, found: Violations
         found.check(False, name, f"is of type {quote(block.type)}: only {', '.join(allowed)} can be read here")
         return False
     missing = [field for field in NEEDED[block.type] if getattr(block, field) is None]
-    found.check(not missing, name, f"of type {block.type} needs {' and '.join(missing)}")
+    if missing:
+        found.check(False, name, f"of type {block.type} needs {' and '.join(missing)}")
     return not missing
 
 

@@ -31,7 +31,7 @@ from loraplex_router.engine.generation import Generation
 from loraplex_router.engine.output import SequenceOutput
 from loraplex_router.text.tokenizer import Tokenizer
 from loraplex_router.vocabulary.adapter import Adapter
-from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.request import Prompt, Request
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import Detail, FinishReason
 from loraplex_router.vocabulary.violations import Violations
@@ -46,7 +46,7 @@ def read_completions(
     """One request for each prompt. `request_id` is the headers'. Raises InvalidRequestError, and AdapterNotFoundError
     for an empty adapter name."""
     prompts = read_prompts(body.prompt, body.add_special_tokens is not False)
-    _check(body, len(prompts))
+    _check(body, prompts)
     options = read_options(body, defaults)
     adapter, adapters = read_model(body, base), read_adapters(body, base)
     scored = body.logprobs is not None or _candidates(body) > (body.n or 1)
@@ -84,13 +84,13 @@ def _scores_only(body: CompletionRequest) -> bool:
     return bool(body.echo) and body.max_tokens == 0
 
 
-def _check(body: CompletionRequest, num_prompts: int) -> None:
+def _check(body: CompletionRequest, prompts: Sequence[Prompt]) -> None:
     found = Violations()
-    texts = isinstance(body.prompt, str) or all(isinstance(prompt, str) for prompt in body.prompt)
+    texts = not prompts or not isinstance(prompts[0], tuple)  # all are of one kind
     found.check(not body.suffix or texts, "suffix", "needs a prompt that is a text")
     alone = not (body.echo or body.truncate_prompt_tokens is not None)
     found.check(not body.suffix or alone, "suffix", "cannot be used with echo or truncate_prompt_tokens")
-    found.check(0 < num_prompts <= MAX_PROMPTS, "prompt", f"must be 1 to {MAX_PROMPTS} prompts")
+    found.check(0 < len(prompts) <= MAX_PROMPTS, "prompt", f"must be 1 to {MAX_PROMPTS} prompts")
     best_of = body.best_of
     found.check(best_of is None or best_of >= (body.n or 1), "best_of", "must be at least n")
     found.check(not body.stream or best_of in (None, body.n or 1), "best_of", "cannot be used with stream")

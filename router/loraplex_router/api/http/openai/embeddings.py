@@ -3,7 +3,6 @@
 import base64
 import struct
 from array import array
-from dataclasses import replace
 from math import hypot, isclose
 from typing import Literal
 
@@ -22,7 +21,6 @@ from loraplex_router.api.http.json_list import write_data
 from loraplex_router.api.http.model_names import answered_name, read_model_name
 from loraplex_router.api.http.openai_errors import ERRORS
 from loraplex_router.api.http.unknown_fields import OpenBody, unknown_fields
-from loraplex_router.vocabulary.pooled import Embedding
 from loraplex_router.vocabulary.request import EmbedRequest
 from loraplex_router.vocabulary.violations import Violations
 
@@ -75,14 +73,19 @@ async def openai_embeddings(body: OpenaiRequest, call: Call) -> Response:
     inputs, ignored = tuple(read_prompts(body.input)), unknown_fields(body)
     request = EmbedRequest(inputs, adapter, body.truncate_prompt_tokens, warnings=ignored, request_id=call.request_id)
     found = await finish_before_disconnect(call.service.pooling.embed(call.complete(request), call.key), call.receive)
-    if body.dimensions is not None:
-        found = [replace(embedding, values=_beginning(embedding.values, body.dimensions)) for embedding in found]
+    width = len(found[0].values)
+    if body.dimensions is not None and body.dimensions > width:
+        raise InvalidRequestError(FieldViolation("dimensions", f"must be at most {width}"))
     in_base64, tokens = body.encoding_format == "base64", sum(embedding.prompt_tokens for embedding in found)
     rows = (
-        {"object": "embedding", "index": index, "embedding": _encode(embedding, in_base64)}
-        for index, embedding in enumerate(found)
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": _encode(each.values, body.dimensions, in_base64),
+        }
+        for index, each in enumerate(found)
     )
-    batch = max(1, FLOATS // len(found[0].values))  # a thousand vectors are tens of megabytes
+    batch = max(1, FLOATS // width)  # a thousand vectors are tens of megabytes
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     written = write_data(rows, batch, model=answered_name(body.model, names), usage=usage)
     return StreamingResponse(written, media_type="application/json", headers=answer_headers(found, call.request_id))
@@ -101,8 +104,6 @@ def _check_dimensions(wanted: int | None, info: pb.GetModelInfoResponse) -> None
 
 def _beginning(values: "array[float]", length: int) -> "array[float]":
     """The first values. Those of a vector of length 1 are scaled to it again."""
-    if length > len(values):
-        raise InvalidRequestError(FieldViolation("dimensions", f"must be at most {len(values)}"))
     first = values[:length]
     if not isclose(hypot(*values), 1, abs_tol=NEARLY_1):
         return first
@@ -110,8 +111,9 @@ def _beginning(values: "array[float]", length: int) -> "array[float]":
     return array("f", (value / norm for value in first))
 
 
-def _encode(found: Embedding, in_base64: bool) -> list[float] | str:
+def _encode(values: "array[float]", dimensions: int | None, in_base64: bool) -> list[float] | str:
     """In base64 as OpenAI's client reads it: float32, little endian."""
+    values = values if dimensions is None else _beginning(values, dimensions)
     if not in_base64:
-        return found.values.tolist()
-    return base64.b64encode(struct.pack(f"<{len(found.values)}f", *found.values)).decode()
+        return values.tolist()
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()

@@ -50,6 +50,12 @@ UNSUPPORTED = {
 Row = dict[str, Any]
 
 
+def count_parts(items: str | Sequence[Item]) -> int:
+    """How many items there are to read, and parts of them."""
+    fields = [field for item in items for field in (item.content, item.output)] if not isinstance(items, str) else []
+    return len(fields) // 2 + sum(len(field) for field in fields if isinstance(field, list))
+
+
 def read_as_chat(body: ResponsesBody, earlier: Sequence[Item]) -> ChatCompletionRequest:
     """`earlier`: what the input continues. Raises InvalidRequestError and RequestValidationError."""
     others = {name: value for name, value in (body.model_extra or {}).items() if value not in (None, False)}
@@ -186,9 +192,11 @@ def _read_parts(content: str | list[Part], name: str, found: Violations) -> str 
         return content
     texts = list[str]()
     for at, part in enumerate(content):
-        text = getattr(part, TEXTS.get(part.type, ""), None)
-        found.check(part.type in TEXTS, f"{name}[{at}]", f"is of type {quote(part.type)}: the model reads text")
-        found.check(part.type not in TEXTS or text is not None, f"{name}[{at}]", f"has no {TEXTS.get(part.type)}")
+        field = TEXTS.get(part.type)
+        text = getattr(part, field) if field else None
+        if text is None:
+            wrong = f"has no {field}" if field else f"is of type {quote(part.type)}: the model reads text"
+            found.check(False, f"{name}[{at}]", wrong)
         texts.append(text or "")
     return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
 

@@ -14,7 +14,7 @@ from loraplex_router.api.http.errors import only
 from loraplex_router.api.http.json_body import JsonAnswer, JsonRoute
 from loraplex_router.api.http.model_names import answered_name
 from loraplex_router.api.http.openai.pages import cut_page
-from loraplex_router.api.http.openai.responses.reading import read_as_chat, read_request
+from loraplex_router.api.http.openai.responses.reading import count_parts, read_as_chat, read_request
 from loraplex_router.api.http.openai.responses.schema import ResponsesBody
 from loraplex_router.api.http.openai.responses.stored import StoredResponses
 from loraplex_router.api.http.openai.responses.writing import ResponseWriter
@@ -63,7 +63,8 @@ async def responses(body: ResponsesBody, call: Call) -> Response:
     """Answers a conversation, with the model's own chat template."""
     service, stored = call.service, _stored(call)
     body = stored.with_items(body)
-    chat = read_as_chat(body, stored.continued(body.previous_response_id))
+    earlier = stored.continued(body.previous_response_id)
+    chat = await in_turn(count_parts(body.input) + count_parts(earlier), lambda: read_as_chat(body, earlier))
     keeps = service.responses.keeps
     request = read_request(body, chat, service.model_names, service.sampling_defaults, call.request_id, keeps)
     stream = call.stream(body.stream)
