@@ -28,6 +28,7 @@ from loraplex_router.vocabulary.chat import ChatTemplates
 from tests.redis_server import redis_server
 from tests.router.test_engine import MODEL, Setup
 from tests.router.test_http_streams import Client, until
+from tests.router.test_uploads import upload
 from tests.tools import needs_redis
 
 SAID = [{"role": "user", "content": "A"}]
@@ -197,6 +198,32 @@ async def test_a_client_whose_connection_was_lost_ends_its_former_request():
         assert "the request was cancelled" in former.bodies[-1]
         texts = [json.loads(event.removeprefix("data: "))["token"]["id"] for _, event in sent + rest]
         assert texts == list(range(texts[0], texts[0] + 100))
+
+
+async def test_a_stream_goes_on_with_the_version_that_it_began_with_while_a_replica_has_it():
+    body = {**LONG, "parameters": {**LONG["parameters"], "adapter_id": "policy"}}
+    async with router(MemoryStore(60)) as only:
+        version = await upload(only, b"one")
+        former = Client(only, PATH, body)
+        running = asyncio.create_task(former.run())
+        await until(lambda: len(former.messages) > 3)
+        former.reads.clear()  # the connection is lost, and the server does not know yet
+        sent = events(former)
+        await upload(only, b"two")
+        resumed = asyncio.create_task(ask(only, PATH, body, sent[-1][0]))
+        await until(lambda: all(generation.finished for generation in only.service.requests._running))
+        former.reads.set()
+        client = await resumed
+        await running
+        assert client.headers["x-adapter-version"] == f"policy@{version}"
+        texts = [json.loads(event.removeprefix("data: "))["token"]["id"] for _, event in sent + events(client)]
+        assert texts == list(range(texts[0], texts[0] + 200, 2))  # as an adapter in the first slot answers
+        used = [(adapter, each.requests) for _, adapter, each in (await only.service.usage())[1]]
+        assert used == [("policy", 1)]
+        await until(lambda: len(only.pool) == 1)  # it has left
+        late = await ask(only, PATH, body, sent[-1][0])
+        assert late.status == 409 and "'policy' was replaced or removed since the stream began" in late.bodies[0]
+        assert "send the request again without the stream's id" in late.bodies[0]
 
 
 async def test_a_router_that_stops_hands_its_streams_over():

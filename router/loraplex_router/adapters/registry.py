@@ -144,6 +144,11 @@ class Registry:
             return versions[max(versions)] if versions else None
         return versions.get(int(number)) if number.isascii() and number.isdecimal() and len(number) < 20 else None
 
+    def with_content(self, digest: str) -> Version | None:
+        """A version that is known to have this content."""
+        declared = (version for versions in self.content.names.values() for version in versions.values())
+        return next((version for version in declared if digest and version.digest == digest), None)
+
     def _versions(self, name: str) -> Mapping[int, Version]:
         upload = self.uploads.get(name)
         return {upload.number: upload} if upload else self.content.names.get(name, {})

@@ -48,6 +48,11 @@ class AdapterStaging:
         self._slots = FairSlots(AT_A_TIME)
         self._closed = False
 
+    def held(self, digest: str) -> Adapter | None:
+        """Content that is in memory here, even if it will leave once nobody wants it any more."""
+        adapter = self._pool.get(digest)
+        return None if adapter is None or (adapter.leaving and not adapter.wanted) else adapter
+
     def fetching(self) -> list[Reference]:
         """The references being staged."""
         return [reference for reference, _ in self._staging.values()]

@@ -10,7 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Self
 
 from loraplex_protos.errors import (
@@ -133,15 +133,33 @@ class Replicas:
             raise UnavailableError("no replica is ready: try again later")
         return self._replicas[choose(name_of(reference), [replica.candidate(reference) for replica in replicas]).name]
 
+    def hold(self, digest: str) -> bool:
+        """Whether any replica has this content in memory."""
+        return any(replica.adapters.held(digest) for replica in self)
+
+    @contextmanager
+    def keeping(self, digest: str) -> Iterator[None]:
+        """A context in which content stays in the memory where it is, even if it was about to leave."""
+        held = [adapter for replica in self if (adapter := replica.adapters.held(digest)) is not None]
+        for adapter in held:
+            adapter.leases += 1
+        try:
+            yield
+        finally:
+            for adapter in held:
+                adapter.leases -= 1
+            self.changes.notify()
+
     async def place(
         self,
         reference: Reference | None,
         grammar: Grammar | None = None,
         beside: "Lease | None" = None,
         tenant: str = "",
+        digest: str = "",
     ) -> "Lease":
         """Reserves a place for a tenant's request, with the adapter staged and the grammar compiled. The caller must
-        close it. With `beside`, on the same replica if possible.
+        close it. With `beside`, on the same replica if possible; with a `digest`, with this content if any has it.
 
         If the last replica was just lost, waits for one as long as its generations do. Raises
         UnavailableError if no replica can take it, AdapterError with the reason if the adapter cannot be served,
@@ -150,7 +168,7 @@ class Replicas:
         began, lost = time.monotonic(), list[Replica]()
         while True:
             try:
-                return await self._place_now(reference, grammar, lost, tenant, beside)
+                return await self._place_now(reference, grammar, lost, tenant, beside, digest)
             except UnavailableError:
                 since = began if self.ready.is_set() else self._last_lost
                 if since is None or since + self._move_seconds < time.monotonic():
@@ -167,14 +185,19 @@ class Replicas:
         lost: list[Replica],
         tenant: str,
         beside: "Lease | None" = None,
+        digest: str = "",
     ) -> "Lease":
         """Appends to `lost` the replicas lost meanwhile, possibly because of the adapter or the grammar."""
         while True:
-            together = beside is not None and beside.replica.accepting and beside.replica not in lost
-            replica = beside.replica if beside and together else self.choose(reference, without=lost)
+            possible = [replica for replica in self if replica.accepting and replica not in lost]
+            possible = [replica for replica in possible if replica.adapters.held(digest)] or possible
+            together = beside is not None and beside.replica in possible
+            others = [replica for replica in self if replica not in possible]
+            replica = beside.replica if beside and together else self.choose(reference, without=others)
+            held = replica.adapters.held(digest)
             try:
                 with replica.preparing():
-                    lease = Lease(self, replica, await replica.adapters.resolve(reference, tenant))
+                    lease = Lease(self, replica, held or await replica.adapters.resolve(reference, tenant))
                     await lease.prepare(grammar)
             except UnavailableError as error:
                 logger.warning("replica %s: %s", replica.name, error)

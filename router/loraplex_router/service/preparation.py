@@ -79,7 +79,7 @@ class Preparation:
         if request.adapter is not None or isinstance(text, Chat | TextPair):  # tokens and template may be the adapter's
             began = time.monotonic()
             after_thoughts = request.grammar is not None and request.separates_thoughts
-            lease = await self._lease(replace(request, grammar=None) if after_thoughts else request, arrival)
+            lease = await self._lease(replace(request, grammar=None) if after_thoughts else request, arrival, saved)
             waited = time.monotonic() - began
             tokenizer, vocab_size = await model.read_tokenizer(lease.adapter), model.vocab_size(lease.adapter)
             check_vocabulary(request, vocab_size)
@@ -89,7 +89,7 @@ class Preparation:
                 thoughts = model.thoughts(text, lease.adapter)
             if request.grammar is not None and after_thoughts:
                 request = replace(request, grammar=replace(request.grammar, thoughts=thoughts))
-                lease = await self._lease(request, arrival)
+                lease = await self._lease(request, arrival, saved)
         assert not isinstance(text, Chat)
         key = text, tokenizer
         # Rendered again, it might differ: templates may write the time.
@@ -103,10 +103,10 @@ class Preparation:
             await asyncio.sleep(0)
         validated = time.monotonic() - waited
         if lease is None:
-            lease = await self._lease(request, arrival)
+            lease = await self._lease(request, arrival, saved)
         adapter = lease.adapter
         if saved is not None and adapter.digest != saved.record.digest:
-            raise AdapterConflictError("the adapter's content has changed since the stream began: send a new request")
+            raise AdapterConflictError(replaced(saved.record.adapter))
         classifier = check_adapter_fits(request, adapter, model.info)
         if classifier is not None:
             arrival.volume.add_scores(len(classifier.labels) * (len(prompt) if classifier.of_tokens else 1))
@@ -137,16 +137,30 @@ class Preparation:
             return prompt
         return (await self.render(prompt.as_chat(), adapter, tenant)).text
 
-    async def _lease(self, request: Request, arrival: Arrival) -> Lease:
-        lease = await self._place(request.adapter, request.grammar, arrival.tenant, arrival.first)
+    async def _lease(self, request: Request, arrival: Arrival, saved: Saved | None) -> Lease:
+        digest = saved.record.digest if saved else ""
+        lease = await self._place(request.adapter, request.grammar, arrival.tenant, arrival.first, digest)
         arrival.first = arrival.first or lease
         return arrival.held.enter_context(lease)
 
     async def _place(
-        self, reference: Reference | None, grammar: Grammar | None, tenant: Tenant, beside: Lease | None
+        self,
+        reference: Reference | None,
+        grammar: Grammar | None,
+        tenant: Tenant,
+        beside: Lease | None,
+        digest: str = "",
     ) -> Lease:
         async with self._suggestions.for_missing(reference, tenant.may_use):
-            return await self._replicas.place(reference, grammar, beside, tenant.name)
+            return await self._replicas.place(reference, grammar, beside, tenant.name, digest)
+
+
+def replaced(name: str) -> str:
+    """Why a stream cannot be resumed."""
+    return (
+        f"the content of {quote(name)} was replaced or removed since the stream began, and no replica has it in memory"
+        " any more, so the rest would not fit: send the request again without the stream's id, for a new answer"
+    )
 
 
 def _decoder(request: Request, tokenizer: Tokenizer, thoughts: Thoughts | None) -> Decoder:

@@ -3,27 +3,45 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 
-from loraplex_protos.errors import FieldViolation, InvalidRequestError, RequestNotFoundError, UnavailableError, quote
+from loraplex_protos.errors import (
+    AdapterConflictError,
+    AdapterNotFoundError,
+    FieldViolation,
+    InvalidRequestError,
+    RequestNotFoundError,
+    UnavailableError,
+    quote,
+)
 from loraplex_router.access.shared_limits import SharedLimits
 from loraplex_router.access.tenant import Tenant, Visit
-from loraplex_router.adapters.registry import Registry
+from loraplex_router.adapters.registry import AT, Registry, reference_to
 from loraplex_router.engine.generation import Generation
 from loraplex_router.journal.journal import Journal
-from loraplex_router.journal.records import Saved
+from loraplex_router.journal.records import Record, Saved
 from loraplex_router.journal.stream import Stream
 from loraplex_router.replicas.declarations import Declarations
 from loraplex_router.replicas.replicas import Replicas
 from loraplex_router.service.admission import Admission, check_deadline
-from loraplex_router.service.preparation import Arrival, Preparation
+from loraplex_router.service.preparation import Arrival, Preparation, replaced
 from loraplex_router.service.running import RunningRequests
 from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.vocabulary.position import Position
-from loraplex_router.vocabulary.references import Reference, asked_as, ids_of, replace_ids
+from loraplex_router.vocabulary.references import (
+    AdapterReference,
+    MergedReference,
+    Reference,
+    Upload,
+    Version,
+    asked_as,
+    ids_of,
+    replace_ids,
+)
 from loraplex_router.vocabulary.request import EmbedRequest, Request
 from loraplex_router.vocabulary.volume import Volume
 
@@ -186,17 +204,35 @@ class Requests:
         for generation in self._running:
             self.cancel(generation)
 
+    def keeping(self, saved: Saved) -> AbstractContextManager[None]:
+        """A context in which the content that a stream began with stays in memory, though its former request ends."""
+        return self._replicas.keeping(saved.record.digest)
+
     async def resumed(self, part: Request, tenant: Tenant, saved: Saved) -> Request:
         """The part with what its names and its seed stood for when it began."""
         meant = replace_ids(part.adapter, saved.record.adapters)
         await self._declarations.catch_up(meant)
         tenant.check_adapter(self._registry.named(part.adapter))
-        adapter = self._registry.resolve(meant, "")
+        adapter = self._as_begun(meant, saved.record)
         sampling = part.sampling.model_copy(update={"seed": saved.record.seed})
         request_id = saved.record.request_id
         if self._running.has(tenant.name, request_id):  # the former request cannot end: it waits for its client to read
             request_id = ""
         return replace(part, request_id=request_id, adapter=asked_as(adapter, part.adapter), sampling=sampling)
+
+    def _as_begun(self, meant: Reference | None, record: Record) -> Reference | None:
+        """What the versions are that a stream began with. One that is not registered any more is served as long as its
+        content is: by another version, or from a replica's memory. Raises AdapterConflictError."""
+        try:
+            return self._registry.resolve(meant, "")
+        except AdapterNotFoundError as error:
+            assert isinstance(meant, AdapterReference | MergedReference)
+            name, number = meant.id.split(AT) if isinstance(meant, AdapterReference) else ("", "")
+            found = self._registry.with_content(record.digest)
+            if not number or not (found or self._replicas.hold(record.digest)):
+                raise AdapterConflictError(replaced(record.adapter)) from error
+            origin = found.origin if found else Upload(partial(_refuse, replaced(record.adapter)))
+            return reference_to(Version(name, int(number), origin, record.digest))
 
     async def end_former(self, request_id: str, tenant: Tenant) -> None:
         """Ends the request that is resumed, if it runs here: its client has lost the connection."""
@@ -214,6 +250,10 @@ class Requests:
         await self._declarations.catch_up(adapter)
         tenant.check_adapter(self._registry.named(adapter))
         return self._registry.resolve(adapter, session or new_session())
+
+
+def _refuse(why: str) -> Mapping[str, memoryview]:
+    raise AdapterConflictError(why)
 
 
 def new_session() -> str:

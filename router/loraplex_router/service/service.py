@@ -4,7 +4,7 @@ engine."""
 import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import date
 from itertools import zip_longest
@@ -156,7 +156,7 @@ class Service:
         """The same for several requests that name the same adapters: all of them are admitted, or none. They, too,
         count as one request for a key's limits."""
         arrived, volume = time.monotonic(), Volume()
-        visit, started = None, list[Generation]()
+        visit, started, kept = None, list[Generation](), ExitStack()
         try:
             for number, request in enumerate(requests):
                 if number and number % FEW_REQUESTS == 0:
@@ -167,6 +167,8 @@ class Service:
                     check_request(request, self.info.vocab_size, self.info.adapter_sources)
                     saved = await stream.find(request, self.info.model_id, tenant) if stream else []
                     session = request.session or request.request_id or new_session()
+                    for each in saved:
+                        kept.enter_context(self.requests.keeping(each))
                     for each in saved[:1]:  # all have one id
                         await self.requests.end_former(each.record.request_id, tenant)
                     parts = list[Request]()
@@ -188,6 +190,7 @@ class Service:
                 self.requests.close(generation)
             raise
         finally:
+            kept.close()
             if visit is not None:
                 self.requests.end_visit(visit)
 
