@@ -5,17 +5,21 @@ import gc
 import re
 import sys
 import threading
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import FrameType, SimpleNamespace
 
 import fastapi.routing
+import grpc
 import pytest
+from google.protobuf.descriptor import Descriptor
 
 from loraplex_protos import generation_pb2, shard_pb2
 from loraplex_protos.adapter_names import why_not
+from loraplex_router.api import message_limits
 from loraplex_router.api.http import json_body
 from loraplex_router.api.http.face import build_routes
 from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs
+from loraplex_router.api.message_limits import MessageLimits
 from loraplex_router.engine import fairness
 from loraplex_router.engine.delta import Delta
 from loraplex_router.text.json_limits import LONG
@@ -122,6 +126,29 @@ async def test_a_large_request_makes_few_calls_on_the_event_loop(path: str, body
     engine.cancel()
     with suppress(asyncio.CancelledError):
         await engine
+
+
+async def test_a_large_grpc_message_is_read_on_a_thread(monkeypatch: pytest.MonkeyPatch):
+    threads, parse = list[threading.Thread](), message_limits.parse_message
+
+    def parse_message(data: bytes, kind: Descriptor) -> object:
+        threads.append(threading.current_thread())
+        return parse(data, kind)
+
+    async def answer(request: object, context: object) -> object:
+        return request
+
+    async def find(details: object) -> object:
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+    monkeypatch.setattr(message_limits, "parse_message", parse_message)
+    service = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+    limits = MessageLimits(service, lambda context: nullcontext(), together=10**6)
+    handler = await limits.intercept_service(find, SimpleNamespace(method=f"/{service.full_name}/Generate"))
+    for length in (1, LONG):
+        request = generation_pb2.GenerateRequest(text="A" * length)
+        assert await handler.unary_unary(request.SerializeToString(), None) == request
+    assert threads[0] is threading.main_thread() and threads[1] is not threads[0]
 
 
 def test_a_long_adapter_name_is_refused_before_its_characters_are_looked_at():

@@ -1,6 +1,7 @@
 """Checks gRPC requests before they are parsed: a part of two bytes takes fifty times as much memory in a message, and
 parsing millions of parts delays all streams."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, OverloadedError, RequestCancelledError
 from loraplex_router.api.sending import READ_SECONDS, Sender
+from loraplex_router.text.json_limits import LONG
 
 MAX_FIELDS = 2**14  # set in a request and in all parts of it; a list of numbers is one
 MAX_NUMBERS = 2**19  # bytes of all lists of numbers: 175,000 token ids at least
@@ -48,6 +50,15 @@ def check_message(data: bytes, kind: Descriptor) -> None:
                         raise InvalidRequestError(FieldViolation("request", "has too many token ids"))
     except (IndexError, KeyError):  # the parser reports it
         return
+
+
+def parse_message(data: bytes, kind: Descriptor) -> Any:
+    """The message. Raises InvalidRequestError, as `check_message` does, or if it is not one of this kind."""
+    check_message(data, kind)
+    try:
+        return GetMessageClass(kind).FromString(data)
+    except DecodeError as error:
+        raise InvalidRequestError(FieldViolation("request", "cannot be read")) from error
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -94,7 +105,7 @@ class MessageLimits(grpc.aio.ServerInterceptor):
             async def parsed() -> AsyncIterator[Any]:  # within the handler, which answers errors
                 async for data in messages:
                     with self._held(data):
-                        yield self._parse(data, kind)
+                        yield await self._parse(data, kind)
 
             return await handler.stream_unary(parsed(), context)
 
@@ -106,16 +117,12 @@ class MessageLimits(grpc.aio.ServerInterceptor):
 
     async def _read(self, data: bytes, kind: Descriptor, context: Context) -> Any:
         async with self._answering(context):
-            return self._parse(data, kind)
+            return await self._parse(data, kind)
 
-    def _parse(self, data: bytes, kind: Descriptor) -> Any:
+    async def _parse(self, data: bytes, kind: Descriptor) -> Any:
         if self._room < 0:
             raise OverloadedError("other requests are large: try again later")
-        check_message(data, kind)
-        try:
-            return GetMessageClass(kind).FromString(data)
-        except DecodeError as error:
-            raise InvalidRequestError(FieldViolation("request", "cannot be read")) from error
+        return await asyncio.to_thread(parse_message, data, kind) if len(data) > LONG else parse_message(data, kind)
 
     @contextmanager
     def _held(self, data: bytes) -> Iterator[None]:
