@@ -47,6 +47,7 @@ class FakeShards:
         self.step_seconds = 0.0
         self.digests: dict[str, str] = {}  # of ids whose content is another one here
         self.absent = {"absent"}
+        self.refused: dict[str, str] = {}  # ids that no source can have, and why
         self.local = [LocalAdapter("a"), LocalAdapter("b"), LocalAdapter("broken", "cut short", ())]
         self.warnings: tuple[str, ...] = ()
         self.invocation: Invocation | None = None
@@ -128,6 +129,10 @@ class FakeShards:
         if self.fetch_error is not None:
             raise self.fetch_error
         return 10
+
+    async def refusals(self, references: Sequence[AdapterReference]) -> list[str]:
+        self.log.append(f"refusals {len(references)}")
+        return [self.refused.get(each.id, "") for each in references]
 
     async def fetches(self) -> list[Fetch]:
         return list(self.fetching)

@@ -92,8 +92,7 @@ WITH_ID = {  # the kind of id that each route takes, and its body
 }
 FOR_ADMINISTRATORS = {
     *(f"POST /adapters/{what}" for what in ["load", "upload", "register", "alias", "remove", "unload", "pin", "unpin"]),
-    "POST /v1/load_lora_adapter",
-    "POST /v1/unload_lora_adapter",
+    *(f"POST {prefix}/{what}_lora_adapter" for prefix in ("", "/v1") for what in ("load", "unload")),
 }
 OF_NOBODY = {  # about the server, and what the caller has used
     *(f"GET /{path}" for path in ("", "info", "ping", "health", "startup", "version", "load", "usage", "metrics")),

@@ -126,6 +126,28 @@ async def test_what_lies_in_the_adapter_directory_has_the_state_that_it_has_ther
     assert (await status(cluster, "x@1")).reason == "no absent"
 
 
+@pytest.mark.parametrize("most", [1000, 0])
+async def test_what_no_source_can_have_is_said_when_the_registry_is_read_and_the_rest_is_served(
+    caplog: pytest.LogCaptureFixture, most: int
+) -> None:
+    cluster = Cluster()
+    cluster.prefetching._most = most
+    cluster.shards.refused = {"ftp://host/a": "this server has no adapter source 'ftp'"}
+    running = asyncio.create_task(cluster.prefetching.run())
+    register(cluster, "org/a", "ftp://host/a", "org/b")
+    await until(lambda: "the registered adapter 'name-1@1' cannot be served: this server has no" in caplog.text)
+    found = await status(cluster, "name-1@1")
+    assert (found.state, found.reason) == (ADAPTER_STATE_FAILED, "this server has no adapter source 'ftp'")
+    await until(lambda: len(fetched(cluster)) == (2 if most else 0))
+    assert "ftp://host/a" not in fetched(cluster)
+    assert len(await cluster.answer(1, adapter="name-0")) == 5
+    register(cluster, "org/a", "s3://bucket/a", "org/b")
+    await until(lambda: cluster.shards.log.count("refusals 1") == 1)  # only what is new is looked at again
+    assert (await status(cluster, "name-1@1")).state != ADAPTER_STATE_FAILED
+    running.cancel()
+    await cluster.close()
+
+
 async def test_no_more_is_fetched_than_the_setting_allows(caplog: pytest.LogCaptureFixture) -> None:
     cluster = Cluster()
     for most, count in ((15, 2), (0, 0)):  # two at a time, of ten bytes each

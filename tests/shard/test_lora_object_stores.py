@@ -27,6 +27,7 @@ from loraplex_shard.lora.sources.files import CONFIG, PICKLE, TENSORS
 from loraplex_shard.lora.sources.hub import HubSource
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.sources.object_store import ObjectStoreSource
+from loraplex_shard.lora.sources.order import refusal
 from loraplex_shard.lora.sources.parts import has_tag, is_of_parts
 from loraplex_shard.lora.sources.protocol import Source
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
@@ -399,6 +400,30 @@ def test_a_custom_certificate_authority_is_trusted(
         authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
         assert stage(store, "sql").source == "s3"
+
+
+@pytest.mark.parametrize(
+    ("id", "source", "reason"),
+    [
+        ("there", "", ""),
+        ("org/name", "", ""),  # the hub may have it
+        ("there", "local", ""),
+        ("absent", "local", "the adapter directory has no 'absent'"),
+        ("s3://bucket/a", "", ""),
+        ("s3://elsewhere/a", "s3", "'s3://elsewhere/a' is not a name under this server's --adapters-s3"),
+        ("s3://bucket/a/b/c/d/e", "s3", "is not a name under"),
+        ("ftp://host/a", "", "names on the hub have the form org/name"),
+        ("name", "hub", "names on the hub have the form org/name"),
+        ("a", "ftp", "this server has no adapter source 'ftp'; this server's adapter sources are local, s3, hub"),
+        ("a", "gcs", "this server has no adapter source 'gcs'"),
+    ],
+)
+def test_what_no_source_can_have_is_known_without_asking_over_the_network(
+    tmp_path: Path, id: str, source: str, reason: str
+):
+    (tmp_path / "there").mkdir()
+    found = refusal(open_sources(ModelSettings(adapters=tmp_path, adapters_s3="s3://bucket")), id, source)
+    assert reason in found if reason else not found
 
 
 def test_sources_have_the_order_in_which_they_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -274,6 +274,9 @@ def test_adapters_are_staged_loaded_used_and_forgotten(
     assert (listed.id, listed.fault) == ("tuned", "")
     assert shard.FetchAdapter(pb.FetchAdapterRequest(id="tuned")).size_bytes == 0  # it lies there
     assert not shard.ListFetches(pb.ListFetchesRequest()).fetches
+    asked = pb.RefuseAdaptersRequest(adapters=[pb.FetchAdapterRequest(id="a", source="ftp")])
+    (reason,) = shard.RefuseAdapters(asked).reasons
+    assert "no adapter source 'ftp'" in reason
     staged = shard.StageAdapter(pb.StageAdapterRequest(id="tuned"))
     assert (staged.source, staged.lora_rank, len(staged.digest)) == ("local", 4, 64)
     assert staged.size_bytes > 0

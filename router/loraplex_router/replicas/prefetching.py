@@ -6,7 +6,9 @@ import logging
 import random
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 
 from loraplex_protos.errors import (
     AdapterSourceError,
@@ -61,26 +63,55 @@ class Prefetching:
         self._replicas = replicas
         self._most = most_bytes
         self._work: dict[Replica, _Work] = {}
+        self._looked: dict[str, tuple[AdapterReference, str]] = {}  # by name, with why no source can have it
 
     def results(self, version: AdapterReference) -> list[Prefetched]:
         """What became of a version, on the replicas where it was tried."""
+        if reason := self._refusal(version):
+            return [Prefetched(reason=reason)]
         return [result for work in self._work.values() if (result := work.result(version)) is not None]
 
     async def run(self) -> None:
         """Until cancelled."""
-        if not self._most:
-            return
         known = -1, -1
         try:
             while True:
                 known = await self._replicas.changes.unlike(
                     lambda: (self._registry.edition, self._replicas.version), known
                 )
-                await self._update()
+                with suppress(LoraplexError):  # the replica has left
+                    await self._look()
+                if self._most:
+                    await self._update()
         finally:
             for work in self._work.values():
                 for task in work.running:
                     task.cancel()
+
+    async def _look(self) -> None:
+        """Finds out which versions no source can have, and says so."""
+        replica = next((replica for replica in self._replicas if replica.accepting), None)
+        former, versions = self._looked, self._versions()
+        while replica is not None and (part := list(islice(versions, LOOK_AT))):
+            looked = [former.get(version.id) for version in part]
+            new = [
+                version
+                for version, known in zip(part, looked, strict=True)
+                if known is None or known[1] or known[0] != version
+            ]
+            origins = [version.origin for version in new if isinstance(version.origin, AdapterReference)]
+            reasons = await replica.shards.refusals(origins) if origins else []
+            for version, reason in zip(new, reasons, strict=True):
+                if reason and former.get(version.id) != (version, reason):
+                    logger.error("the registered adapter %s cannot be served: %s", quote(version.id), reason)
+                self._looked[version.id] = version, reason
+            await asyncio.sleep(0)
+        if len(self._looked) > 2 * len(self._registry.content.lines):
+            self._looked = {id: looked for id, looked in self._looked.items() if self._registry.find(id) is not None}
+
+    def _refusal(self, version: AdapterReference) -> str:
+        known, reason = self._looked.get(version.id, (None, ""))
+        return reason if known == version else ""
 
     async def _update(self) -> None:
         for gone in self._work.keys() - set(self._replicas):
@@ -99,9 +130,11 @@ class Prefetching:
 
     def _versions(self) -> Iterator[AdapterReference]:
         """Those that may be fetched, by name."""
-        for _, version in self._registry.content.lines:
-            if isinstance(version, AdapterReference) and isinstance(version.origin, AdapterReference):
-                yield version
+        for _, meant in self._registry.content.lines:
+            if not isinstance(meant, AdapterReference) or not isinstance(meant.origin, AdapterReference):
+                continue
+            if meant.version is not None and not meant.version.fault:
+                yield meant
 
     def _start(self, replica: Replica, work: _Work) -> None:
         for _ in range(AT_A_TIME - len(work.running)):
@@ -124,7 +157,7 @@ class Prefetching:
         if work.again:
             return work.again.popleft()
         for number, version in enumerate(work.others):
-            if work.result(version) is None:
+            if work.result(version) is None and not self._refusal(version):
                 return version
             if number % LOOK_AT == 0:
                 await asyncio.sleep(0)
@@ -136,7 +169,7 @@ class Prefetching:
         work.others = iter(())
         work.again.clear()
         for number, version in enumerate(others):
-            left += work.result(version) is None
+            left += work.result(version) is None and not self._refusal(version)
             if number % LOOK_AT == 0:
                 await asyncio.sleep(0)
         if left:

@@ -264,6 +264,15 @@ class ShardGroup:
         await self._on_all(lambda rank: rank.UnloadAdapter(pb.UnloadAdapterRequest(slot=slot)))
         self._observer.evicted("device")
 
+    async def refusals(self, references: Sequence[AdapterReference]) -> list[str]:
+        """Why no source can have each adapter, as far as it is known without asking over the network; empty: one
+        may."""
+        asked = [pb.FetchAdapterRequest(id=each.id, source=each.source, revision=each.revision) for each in references]
+        answer = await typed(
+            self._ranks[0].RefuseAdapters(pb.RefuseAdaptersRequest(adapters=asked), timeout=ANSWER_SECONDS)
+        )
+        return list(answer.reasons)
+
     async def fetch(self, reference: AdapterReference) -> int:
         """Brings an adapter's files to the disk of every rank. Returns their size in bytes."""
         request = pb.FetchAdapterRequest(id=reference.id, source=reference.source, revision=reference.revision)

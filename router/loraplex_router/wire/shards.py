@@ -59,6 +59,7 @@ class AdapterShards(Slots, Staging, Protocol):
 class Shards(Steps, Slots, Staging, Protocol):
     """All calls to a replica's shards."""
 
+    async def refusals(self, references: Sequence[AdapterReference]) -> list[str]: ...  # empty: a source may have it
     async def fetch(self, reference: AdapterReference) -> int: ...  # to the disk of every rank; returns bytes
     async def fetches(self) -> list[Fetch]: ...
     async def local_adapters(self) -> list[LocalAdapter]: ...

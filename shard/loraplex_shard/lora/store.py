@@ -28,7 +28,7 @@ from loraplex_shard.lora.once import Once
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.reader import AdapterReader
 from loraplex_shard.lora.room import Room
-from loraplex_shard.lora.sources.order import locate
+from loraplex_shard.lora.sources.order import locate, refusal
 from loraplex_shard.lora.sources.patience import Progress
 from loraplex_shard.lora.sources.protocol import Origin, Source
 from loraplex_shard.lora.sources.text_files import AdapterText
@@ -122,6 +122,10 @@ class AdapterStore:
         for warning in staged.warnings if read else ():
             logger.warning("adapter %s: %s", quote(id), warning)
         return staged
+
+    def refusal(self, id: str, source: str) -> str:
+        """Why no source can have an adapter, as far as it is known without asking over the network; empty: one may."""
+        return refusal(self._sources, id, source)
 
     def fetch(self, id: str, source: str, revision: str) -> Origin:
         """Brings an adapter's files to this machine's disk, and checks their headers, so that a later `stage` fetches

@@ -89,6 +89,13 @@ class ShardService(ShardServiceServicer):
             self._adapters.clear()
             return pb.ResetResponse()
 
+    def RefuseAdapters(
+        self, request: pb.RefuseAdaptersRequest, context: grpc.ServicerContext
+    ) -> pb.RefuseAdaptersResponse:
+        with self._errors_answered(context):
+            reasons = [self._adapters.refusal(each.id, each.source) for each in request.adapters]
+            return pb.RefuseAdaptersResponse(reasons=reasons)
+
     def FetchAdapter(self, request: pb.FetchAdapterRequest, context: grpc.ServicerContext) -> pb.FetchAdapterResponse:
         with self._errors_answered(context):
             origin = self._adapters.fetch(request.id, request.source, request.revision)

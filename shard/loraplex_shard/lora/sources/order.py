@@ -8,6 +8,16 @@ from loraplex_shard.lora.sources.patience import Progress, Report, patiently
 from loraplex_shard.lora.sources.protocol import Origin, Source
 
 
+def refusal(sources: Sequence[Source], id: str, source: str) -> str:
+    """Why no source can have an adapter, as far as they know it without asking over the network; empty: one may.
+    `source` as in `locate`."""
+    asked = [each for each in sources if source in ("", each.name)]
+    if not asked:
+        return f"{_unknown(source)}; {_known(sources)}"
+    reasons = [each.refusal(id) for each in asked]
+    return "; ".join(reasons) if all(reasons) else ""
+
+
 def locate(sources: Sequence[Source], id: str, source: str, revision: str, token: str, report: Report) -> Origin:
     """Finds an adapter's files. `source` is the name of a source, or empty for the first one that has the id. A busy
     source is asked several times: see Progress for what is reported meanwhile.
@@ -16,7 +26,7 @@ def locate(sources: Sequence[Source], id: str, source: str, revision: str, token
     """
     progress = Progress(id, source, revision, report)
     asked = [each for each in sources if source in ("", each.name)]
-    missing = [] if asked else [f"this server has no adapter source {quote(source)}"]
+    missing = [] if asked else [_unknown(source)]
     for each in asked:
         if not source and (refusal := each.refusal(id)):
             missing.append(refusal)
@@ -28,6 +38,14 @@ def locate(sources: Sequence[Source], id: str, source: str, revision: str, token
         except AdapterSourceError as error:
             raise AdapterSourceError("; ".join([*missing, error.message])) from error
     if not asked or len(sources) == 1:
-        names = ", ".join(each.name for each in sources)
-        missing.append(f"this server's adapter sources are {names} (flags that begin with --adapters add others)")
+        missing.append(_known(sources))
     raise AdapterNotFoundError("; ".join(missing))
+
+
+def _unknown(source: str) -> str:
+    return f"this server has no adapter source {quote(source)}"
+
+
+def _known(sources: Sequence[Source]) -> str:
+    names = ", ".join(each.name for each in sources)
+    return f"this server's adapter sources are {names} (flags that begin with --adapters add others)"
