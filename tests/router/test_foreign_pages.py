@@ -66,6 +66,7 @@ async def test_programs_and_the_pages_of_this_machine_and_of_named_origins_may_c
         {"Host": "evil.example:3000"},
         {"Host": "evil.example", "Origin": "http://evil.example"},
         {"Host": "localhost.evil.example"},
+        {"Host": "[evil.example]"},
     ],
 )
 async def test_a_foreign_page_may_not(headers: dict[str, str]) -> None:
@@ -73,6 +74,16 @@ async def test_a_foreign_page_may_not(headers: dict[str, str]) -> None:
     assert status == 403
     assert json.loads(body)["error_type"] == "forbidden"
     assert "--cors-origins" in json.loads(body)["error"]
+
+
+async def test_a_host_that_is_not_one_is_no_fault_of_the_server() -> None:
+    assert (await ask({"Host": "[::1"}))[0] == 200  # as other names without a dot, which no page can have
+
+
+async def test_an_origin_may_be_set_as_its_address_is_copied_from_a_browser() -> None:
+    page = {"Origin": "https://app.example"}
+    assert (await ask(page, "https://App.example/"))[0] == 200
+    assert (await ask(page, "https://app.example/"))[0] == 200
 
 
 async def test_a_proxy_with_a_name_of_its_own_is_told_what_to_set() -> None:

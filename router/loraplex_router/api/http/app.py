@@ -24,8 +24,9 @@ FACES = (lorax.FACE, *openai.FACES, messages.FACE, admin.FACE, *scoring.FACES, *
 def create_app(
     service: Service, cors_origins: Sequence[str] = (), max_body: int = 8 << 20, host: str = "127.0.0.1"
 ) -> FastAPI:
-    """`cors_origins`: whose web pages may call it; "*" is anybody's. `max_body`: the most bytes of a request. `host`:
-    where it listens."""
+    """`cors_origins`: whose web pages may call it, also as a browser shows their addresses; "*" is anybody's.
+    `max_body`: the most bytes of a request. `host`: where it listens."""
+    origins = [origin.rstrip("/").lower() for origin in cors_origins]  # as browsers send them
     app: FastAPI = FastAPIOffline(
         title="loraplex",
         version=version("loraplex"),
@@ -41,17 +42,17 @@ def create_app(
         app.add_middleware(middleware)
     app.add_middleware(
         CORSMiddleware,
-        allow_origins=cors_origins,
+        allow_origins=origins,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         expose_headers=["*"],
     )
     if service.keys.required:
         app.add_middleware(RateLimits, keys=service.keys)
-    elif "*" not in cors_origins:
+    elif "*" not in origins:
         app.add_middleware(
             ForeignPages,
-            origins=cors_origins,
+            origins=origins,
             loopback=is_loopback(host),
             refuse=lambda path, error: face_of(path, FACES).answer(error),
         )

@@ -8,10 +8,10 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# Between two requests. Load balancers keep connections for up to ten minutes (Google's 600 s, nginx's and AWS's 60 s).
-# If the server closed one first, a request that was just being sent on it would be answered with a 502.
+# Before a request. Load balancers keep connections for up to ten minutes (Google's 600 s, nginx's and AWS's 60 s). If
+# the server closed one first, a request that was just being sent on it would be answered with a 502.
 IDLE_SECONDS = 620
-HEADER_SECONDS = 20.0  # from a connection's or a request's first byte to the end of its headers
+HEADER_SECONDS = 20.0  # from a request's first byte to the end of its headers
 MAX_HEADERS = 2**16  # bytes, the URL included
 READ_SECONDS = 120.0  # without a byte read of an answer, before the client is given up
 REST_SECONDS = 60.0  # for the rest of a body that nobody reads
@@ -39,7 +39,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait(HEADER_SECONDS)
+        self._wait(IDLE_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()

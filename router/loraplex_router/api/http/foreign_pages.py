@@ -42,7 +42,7 @@ class ForeignPages:
         host, origin = headers.get("host", ""), headers.get("origin", "")
         if origin and origin not in self._origins and origin.partition("://")[2] != host:
             return f"web pages of {quote(origin)} may not call this server: start it with --cors-origins, or --api-keys"
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _name(host)
         if self._loopback and not self._knows(name):
             return (
                 f"requests to {quote(host)} are not answered: if a proxy sends them, start the server with "
@@ -52,6 +52,14 @@ class ForeignPages:
 
     def _knows(self, host: str) -> bool:
         return "." not in host or host in self._hosts or host.split(".")[-1] in PRIVATE or is_address(host)
+
+
+def _name(host: str) -> str:
+    """Of a host with or without a port. One that is not a host is its own name."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # a bracket too few or too many
+        return host
 
 
 def is_address(host: str) -> bool:
