@@ -36,7 +36,8 @@ def loraplex(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """The options that come before the command."""
+    """The options that come before the command. Services undo what this does."""
+    raise_at_interrupts()
 
 
 app.command()(generate)
@@ -50,7 +51,6 @@ services.add_commands(app)
 
 
 def main() -> None:
-    raise_at_interrupts()
     print_whatever_the_encoding()
     app()
 

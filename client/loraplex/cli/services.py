@@ -116,7 +116,7 @@ def shard(context: typer.Context) -> None:
 def _run_ranks(node: "NodeSettings") -> None:
     from loraplex.cli.node import run
 
-    with _errors_shown():
+    with _errors_shown(), _stopped_once():
         asyncio.run(run(node))
 
 
@@ -139,12 +139,21 @@ def _run_on_uvloop(main: Coroutine[None, None, bool]) -> None:
     """Runs a service, which returns whether it was interrupted before it was ready."""
     import uvloop
 
-    try:
+    with _stopped_once():
         interrupted = uvloop.run(main)
-    finally:
-        end_at_interrupts()  # the loop has taken its handlers away
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+@contextmanager
+def _stopped_once() -> Iterator[None]:
+    """After the block, which handles signals itself, those that come while the interpreter ends do not change the
+    status."""
+    try:
+        yield
+    finally:
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
