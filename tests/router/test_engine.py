@@ -41,6 +41,7 @@ from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.text.detokenizer import Detokenizer
 from loraplex_router.text.model import Model
 from loraplex_router.text.renderer import Renderer
+from loraplex_router.vocabulary.adapter import BASE_NAME
 from loraplex_router.vocabulary.chat import ChatTemplates
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 from loraplex_router.vocabulary.references import AdapterReference
@@ -318,7 +319,7 @@ async def test_a_slow_reader_gets_missed_tokens_as_one_delta(setup: Setup):
 async def test_an_abandoned_generation_counts_as_cancelled(setup: Setup):
     generation: Generation = await setup.service.generate(Request(prompt=(1,), max_new_tokens=150))
     setup.service.requests.close(generation)
-    labels = {"outcome": "cancelled", "adapter": "base"}
+    labels = {"outcome": "cancelled", "adapter": BASE_NAME}
     assert setup.telemetry.registry.get_sample_value("loraplex_requests_total", labels) == 1
     assert setup.service.requests.idle
 
