@@ -15,9 +15,9 @@ from tests.e2e.processes import Server
 COUNT = 80
 
 
-def written(*numbers: int) -> bytes:
+def written(*numbers: int, tokens: int = 24) -> bytes:
     def line(number: int) -> dict[str, Any]:
-        body = {"model": "r4" if number % 2 else "", "prompt": f"line {number}", "max_tokens": 24, "temperature": 0}
+        body = {"model": "r4" if number % 2 else "", "prompt": f"line {number}", "max_tokens": tokens, "temperature": 0}
         return {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
 
     return b"".join(json.dumps(line(number)).encode() + b"\n" for number in numbers)

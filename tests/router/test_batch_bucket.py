@@ -179,6 +179,7 @@ def test_a_write_that_was_done_though_nobody_said_so_is_known_again(
         replace(*arguments)
         raise UnavailableError("no answer")
 
+    monkeypatch.setattr(bucket_job, "PAUSE", 0.0)
     with monkeypatch.context() as context:
         context.setattr(store.objects, "replace", unanswered)
         with pytest.raises(UnavailableError):

@@ -12,12 +12,15 @@ may write late, so several may run the same batch for a moment. Nothing of that 
 
 import secrets
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import orjson
 
+from loraplex_protos.errors import UnavailableError
 from loraplex_router.batches import layout
 from loraplex_router.batches.job import Job
 from loraplex_router.batches.objects import ConflictError
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 MOST_ROWS, MOST_BYTES = 500, 4 << 20  # of a part, and so of what has to be computed again after a crash
 INPUT_PIECE = 256 << 10  # bytes of the input in memory: all batches read at the same time
+TRIES, PAUSE = 3, 1.0  # of replacing a record; seconds: Google Cloud Storage takes one version a second
 KINDS = "output", "error"
 
 
@@ -91,16 +95,22 @@ class BucketJob(Job):
         return sum(map(len, self._rows)) >= MOST_ROWS or sum(map(len, chain(*self._rows))) >= MOST_BYTES
 
     def _write_record(self) -> None:
-        path = layout.batch(self.tenant, self.record.id)
+        for _ in range(TRIES - 1):
+            with suppress(UnavailableError):
+                return self._replace_record()
+            time.sleep(PAUSE)
+        self._replace_record()
+
+    def _replace_record(self) -> None:
+        path, replace = layout.batch(self.tenant, self.record.id), self._bucket.objects.replace
         content = orjson.dumps(self.record.model_dump() | {"run": self._run})
         try:
-            self._version = self._bucket.objects.replace(path, content, self._version)
+            self._version = replace(path, content, self._version)
         except ConflictError:
             found = self._bucket.objects.find(path)
             if found is None or orjson.loads(found.content).get("run") != self._run:
                 raise
-            self._version = found.version  # an earlier write of this run, which was not answered
-            self._version = self._bucket.objects.replace(path, content, self._version)
+            self._version = replace(path, content, found.version)  # after a write of this run that was not answered
 
     def _publish(self) -> None:
         record = self.record

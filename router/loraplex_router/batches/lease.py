@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RENEW_SECONDS, HELD_SECONDS, STALE_SECONDS = 2.0, 8.0, 12.0
+UNKNOWN: "UpdateVersion" = {"e_tag": '"0"', "version": "1"}  # which no object has
+RENEW_SECONDS, HELD_SECONDS, STALE_SECONDS = 2.0, 8.0, 10.0
 
 
 class Lease:
@@ -69,7 +70,7 @@ class Lease:
         self._released.set()
         if self._renewing:
             self._renewing.join()
-        if self.held:
+        if self.held:  # else the store fails, or another router has it
             self._held_until = 0.0
             try:
                 self._objects.replace(self._path, b"", self._version)
@@ -110,17 +111,17 @@ class Lease:
         if self._conditional:
             return
         path = f"{self._path}-{secrets.token_hex(8)}"
-        first = self._objects.replace(path, b"1", None)
-        honoured = self._replaces(path, first) and not self._replaces(path, None) and not self._replaces(path, first)
+        self._objects.put(path, b"")
+        ignored = self._replaces(path, None) or self._replaces(path, UNKNOWN)
         self._objects.delete([path])
-        if not honoured:
+        if ignored:
             why = "it ignores conditions (If-Match, If-None-Match): use another store"
             raise UnavailableError(f"the bucket of batches cannot be used: {why}")
         self._conditional = True
 
     def _replaces(self, path: str, version: "UpdateVersion | None") -> bool:
         try:
-            self._objects.replace(path, b"2", version)
+            self._objects.replace(path, b"", version)
         except ConflictError:
             return False
         return True

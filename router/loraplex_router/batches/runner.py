@@ -57,7 +57,7 @@ class BatchRunner:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._batches.unlock()
+            await self._batches.call(self._batches.unlock)
 
     async def _clean(self) -> None:
         while True:
@@ -87,21 +87,25 @@ class BatchRunner:
                 if not await call(job.begin, self._longest):
                     return
                 logger.info("batch %s: %d of %d lines remain", id, _open(record), record.request_counts.total)
-                status = await self._run_lines(job)
-                await call(job.finish, status)
-                logger.info("batch %s: %s", id, status)
+                if status := await self._run_lines(job):
+                    await call(job.finish, status)
+                logger.info("batch %s: %s", id, status or "another router may run it now")
+        except UnavailableError as error:
+            logger.warning("batch %s stopped; it is tried again in %g s: %s", id, LONGEST_WAIT, error)
+            await asyncio.sleep(LONGEST_WAIT)
         except Exception:
             logger.exception("batch %s stopped; it is tried again in %g s", id, LONGEST_WAIT)
             await asyncio.sleep(LONGEST_WAIT)
 
-    async def _run_lines(self, job: Job) -> Status:
+    async def _run_lines(self, job: Job) -> Status | None:
+        """How the batch ends. None: another router may run it now."""
         lines = asyncio.create_task(self._send_all(job))
         record, call = job.record, self._batches.call
         try:
             while not lines.done():
                 await asyncio.wait([lines], timeout=self._batches.look_seconds)
                 if not self._batches.locked:
-                    raise UnavailableError("another router may run the batches now")
+                    return None
                 try:
                     if await call(self._batches.cancelled, job.tenant, record.id):
                         record.cancelling_at = record.cancelling_at or await call(self._batches.now)

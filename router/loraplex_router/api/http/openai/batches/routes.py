@@ -136,7 +136,7 @@ async def create_batch(body: CreateBatch, call: Call) -> BatchRecord:
 @router.get("/batches", response_model=BatchPage, responses=only(ERRORS, 400, 401, 404))
 async def list_batches(call: Call, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: After = "") -> BatchPage:
     """The batches of this key's tenant, newest first."""
-    found = await _ask(call, lambda batches, tenant: batches.batches(tenant))
+    found = [_shown(batch) for batch in await _ask(call, lambda batches, tenant: batches.batches(tenant))]
     return BatchPage(**_page(found, limit, after, "desc"))
 
 
