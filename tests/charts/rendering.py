@@ -101,6 +101,29 @@ CASES = {
         },
         {"Secret": {"aws", "google", "azure"}},
     ),
+    "batches in S3": Case(
+        {
+            "router": {
+                "replicas": 2,
+                "batches": {
+                    "s3": {
+                        "url": "s3://bucket/batches",
+                        "endpoint": "https://minio.example",
+                        "region": "eu-central-1",
+                        "existingSecret": "batches",
+                    }
+                },
+            }
+        },
+        {"Secret": {"batches"}},
+    ),
+    "batches in Google Cloud Storage": Case(
+        {"router": {"batches": {"gcs": {"url": "gs://bucket", "existingSecret": "google"}}}}, {"Secret": {"google"}}
+    ),
+    "batches in Azure": Case(
+        {"router": {"batches": {"azure": {"url": "az://c-1/a/b", "account": "account", "existingSecret": "azure"}}}},
+        {"Secret": {"azure"}},
+    ),
     "adapters in ConfigMaps": Case(
         {"shard": {"adapters": {"configMaps": [{"id": "sql", "name": "adapter-sql"}, {"id": "x.Y", "name": "y"}]}}},
         {"ConfigMap": {"adapter-sql", "y"}},

@@ -179,6 +179,24 @@ def test_shards_get_the_urls_of_object_stores(mounts: Path):
         assert variables[name]["valueFrom"]["secretKeyRef"] == {"name": secret, "key": name}
 
 
+def test_routers_get_the_bucket_of_batches_with_its_credentials(mounts: Path):
+    for case, url, names in (
+        ("batches in S3", "s3://bucket/batches", {"AWS_ACCESS_KEY_ID": "batches", "AWS_SECRET_ACCESS_KEY": "batches"}),
+        ("batches in Google Cloud Storage", "gs://bucket", {"GOOGLE_SERVICE_ACCOUNT_KEY": "google"}),
+        ("batches in Azure", "az://c-1/a/b", {"AZURE_STORAGE_ACCOUNT_KEY": "azure"}),
+    ):
+        for pod in pods(rendered(case), "router"):
+            assert router_settings(pod, mounts).batches == url
+            variables = {variable["name"]: variable for variable in pod["spec"]["containers"][0]["env"]}
+            for name, secret in names.items():
+                assert variables[name]["valueFrom"]["secretKeyRef"] == {"name": secret, "key": name}
+        for pod in pods(rendered(case), "shard"):
+            assert not {*names, "AWS_ENDPOINT_URL_S3"} & {each["name"] for each in pod["spec"]["containers"][0]["env"]}
+    pod, *_ = pods(rendered("batches in S3"), "router")
+    variables = {variable["name"]: variable.get("value") for variable in pod["spec"]["containers"][0]["env"]}
+    assert (variables["AWS_ENDPOINT_URL_S3"], variables["AWS_REGION"]) == ("https://minio.example", "eu-central-1")
+
+
 def test_routers_in_a_pool_export_what_its_picker_reads(mounts: Path):
     (pooled,) = pods(rendered("all optional objects"), "router")
     (alone,) = pods(rendered("defaults"), "router")

@@ -89,6 +89,7 @@ def test_sections_refuse_unknown_keys():
         {"shard": {"hub": {"token": "hf_x"}}},
         {"shard": {"adapters": {"s3": {"url": "bucket"}}}},
         {"shard": {"adapters": {"gcs": {"url": "s3://bucket"}}}},
+        {"router": {"batches": {"s3": {"url": "bucket"}}}},
         {"shard": {"adapters": {"azure": {"url": "https://account.blob.core.windows.net/container"}}}},
         {"keda": {"serverAddress": "prometheus"}},
         {"keda": {"minReplicas": 0}},
@@ -106,6 +107,10 @@ def test_unknown_keys_and_bad_values_are_refused(values: Object):
     ("values", "reason"),
     [
         ({"autoscaling": {"enabled": True}, "keda": {"enabled": True}}, "enable one"),
+        (
+            {"router": {"batches": {"s3": {"url": "s3://one"}}, "settings": {"batches": "/batches"}}},
+            "set one of router.batches.s3.url, router.settings.batches",
+        ),
         ({"autoscaling": {"enabled": True, "minReplicas": 5}}, "above autoscaling.maxReplicas"),
         ({"autoscaling": {"enabled": True}, "shard": {"workload": "LeaderWorkerSet"}}, "addresses"),
         ({"keda": {"enabled": True}}, "keda.serverAddress"),

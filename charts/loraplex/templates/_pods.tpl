@@ -141,3 +141,34 @@ envFrom:
 - {name: mtls, mountPath: /etc/loraplex/mtls, readOnly: true}
 {{- end }}
 {{- end }}
+
+{{/* Where object stores are, and their credentials. The context has `s3`, `gcs` and `azure`. */}}
+{{- define "loraplex.storesEnv" }}
+{{- with .s3 }}
+{{- with .endpoint }}
+- {name: AWS_ENDPOINT_URL_S3, value: {{ . | quote }}}
+{{- end }}
+{{- with .region }}
+- {name: AWS_REGION, value: {{ . | quote }}}
+{{- end }}
+{{- with .existingSecret }}
+- name: AWS_ACCESS_KEY_ID
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: AWS_ACCESS_KEY_ID}}
+- name: AWS_SECRET_ACCESS_KEY
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: AWS_SECRET_ACCESS_KEY}}
+{{- end }}
+{{- end }}
+{{- with .gcs.existingSecret }}
+- name: GOOGLE_SERVICE_ACCOUNT_KEY
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: GOOGLE_SERVICE_ACCOUNT_KEY}}
+{{- end }}
+{{- with .azure }}
+{{- with .account }}
+- {name: AZURE_STORAGE_ACCOUNT_NAME, value: {{ . | quote }}}
+{{- end }}
+{{- with .existingSecret }}
+- name: AZURE_STORAGE_ACCOUNT_KEY
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: AZURE_STORAGE_ACCOUNT_KEY}}
+{{- end }}
+{{- end }}
+{{- end }}

@@ -70,6 +70,11 @@ args:
   {{- if include "loraplex.hasRegistry" . }}
   - {{ printf "--adapter-registry=/etc/loraplex/adapter-registry/%s" .Values.router.adapterRegistry.key | quote }}
   {{- end }}
+  {{- range $store := pick .Values.router.batches "azure" "gcs" "s3" }}
+  {{- with $store.url }}
+  - {{ printf "--batches=%s" . | quote }}
+  {{- end }}
+  {{- end }}
   {{- if and .Values.gateway.inferencePool.enabled (not (hasKey $settings "gateway-metrics")) }}
   - --gateway-metrics
   {{- end }}
@@ -81,6 +86,7 @@ args:
 env:
   - name: ROUTER
     valueFrom: {fieldRef: {fieldPath: "metadata.labels['apps.kubernetes.io/pod-index']"}}
+  {{- include "loraplex.storesEnv" .Values.router.batches | trim | nindent 2 }}
   {{- with .Values.router.extraEnv }}
   {{- toYaml . | nindent 2 }}
   {{- end }}

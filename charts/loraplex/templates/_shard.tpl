@@ -139,33 +139,7 @@ grpc: {port: 50060{{ index . 1 }}}
 - name: HF_TOKEN
   valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: {{ $.Values.shard.hub.key | quote }}}}
 {{- end }}
-{{- with .Values.shard.adapters.s3 }}
-{{- with .endpoint }}
-- {name: AWS_ENDPOINT_URL_S3, value: {{ . | quote }}}
-{{- end }}
-{{- with .region }}
-- {name: AWS_REGION, value: {{ . | quote }}}
-{{- end }}
-{{- with .existingSecret }}
-- name: AWS_ACCESS_KEY_ID
-  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: AWS_ACCESS_KEY_ID}}
-- name: AWS_SECRET_ACCESS_KEY
-  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: AWS_SECRET_ACCESS_KEY}}
-{{- end }}
-{{- end }}
-{{- with .Values.shard.adapters.gcs.existingSecret }}
-- name: GOOGLE_SERVICE_ACCOUNT_KEY
-  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: GOOGLE_SERVICE_ACCOUNT_KEY}}
-{{- end }}
-{{- with .Values.shard.adapters.azure }}
-{{- with .account }}
-- {name: AZURE_STORAGE_ACCOUNT_NAME, value: {{ . | quote }}}
-{{- end }}
-{{- with .existingSecret }}
-- name: AZURE_STORAGE_ACCOUNT_KEY
-  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: AZURE_STORAGE_ACCOUNT_KEY}}
-{{- end }}
-{{- end }}
+{{- include "loraplex.storesEnv" .Values.shard.adapters }}
 {{- $cpus := dig "limits" "cpu" "" .Values.shard.resources }}
 {{- if and $cpus (not (hasKey .Values.shard.settings "threads")) }}
 # torch would count the node's cores.
