@@ -36,6 +36,7 @@ def locate(root: Path) -> None:
         (["global_step9/mp_rank_00_model_states.pt"], "this is the state of a training"),  # DeepSpeed
         (["epoch_0/adapter_0.pt"], "is a pickle file, .*: save the adapter with PEFT's save_pretrained"),  # torchtune
         (["pytorch_lora_weights.safetensors"], "diffusers"),
+        (["adapter_model.safetensors.incomplete"], "a download is not complete"),
         ([PICKLE], f"PEFT writes it beside {PICKLE}"),
         # transformers' Trainer, Axolotl and LLaMA-Factory; ms-swift; PEFT for adapters with other names
         (
@@ -60,6 +61,13 @@ def test_what_is_not_an_adapter_is_called_what_it_is(tmp_path: Path, names: list
         locate(tmp_path)
     with pytest.raises(AdapterInvalidError, match=f"{CONFIG} is missing: .*{reason}"):
         choose(dict.fromkeys(names, 1))  # as other sources list them
+
+
+def test_a_config_without_tensors_names_the_checkpoints_below_it(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter" / "checkpoint-5")
+    (tmp_path / "adapter" / CONFIG).write_text("{}")
+    with pytest.raises(AdapterInvalidError, match=f"{TENSORS} is missing: .*below it: checkpoint-5; name one"):
+        locate(tmp_path)
 
 
 def test_tensors_in_parts_are_refused_with_a_command_that_joins_them(tmp_path: Path) -> None:

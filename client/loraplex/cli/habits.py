@@ -103,6 +103,12 @@ VARIABLES = {
     },
     **dict.fromkeys(("VLLM_API_KEY", "LLAMA_API_KEY"), "--api-key"),
     "VLLM_LORA_RESOLVER_CACHE_DIR": "--lora-modules",
+    "VLLM_CPU_KVCACHE_SPACE": "--kv-blocks",
+    "VLLM_CPU_OMP_THREADS_BIND": "--threads",
+    **dict.fromkeys(
+        ("VLLM_USE_MODELSCOPE", "SGLANG_USE_MODELSCOPE"),
+        "not supported: models come from a directory or Hugging Face's hub (HF_ENDPOINT names another one)",
+    ),
     **dict.fromkeys(("HF_API_TOKEN", "HF_HUB_TOKEN", "HUGGINGFACE_TOKEN", "HUGGINGFACE_HUB_TOKEN"), "--hf-token"),
     "HUGGINGFACEHUB_API_TOKEN": "--hf-token",
     "TRANSFORMERS_CACHE": "--weights-cache-override",

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, quote
-from loraplex_shard.lora.sources.files import CONFIG, check_kind, is_telling, read_file
+from loraplex_shard.lora.sources.files import CONFIG, GGUF, MLX_TENSORS, TENSORS, check_kind, is_telling, read_file
 from loraplex_shard.lora.sources.folders import find_folder, is_inside
 from loraplex_shard.lora.sources.patience import Progress
 from loraplex_shard.lora.sources.protocol import File, Origin, Source
@@ -64,7 +64,7 @@ class LocalSource(Source):
         names = os.listdir(directory)
         if (directory / NAMED_TEMPLATES).is_dir() and is_inside(directory / NAMED_TEMPLATES, self._root):
             names += [f"{NAMED_TEMPLATES}/{name}" for name in os.listdir(directory / NAMED_TEMPLATES)]
-        if CONFIG not in names:
+        if not {CONFIG, TENSORS} <= {*names} and not any(name.endswith((MLX_TENSORS, GGUF)) for name in names):
             names += islice(_below(directory), MOST_BELOW)
         for name in names:
             if is_telling(name) and is_inside(directory / name, self._root):

@@ -28,7 +28,8 @@ _FORMS = {
     r".*\.(zip|tar|tgz|tar\.(gz|bz2|xz|zst)|7z|rar)": "it is packed: unpack it here",
     r"((ft-|hf_)?(model|pytorch_model)([-_]\d+([-_]of[-_]\d+)?)?|consolidated.*)\.(safetensors|bin|pth|pt)": "this is "
     "a whole model, perhaps with an adapter merged into it: serve it as MODEL, or save the adapter without merging it",
-    r"adapter(_\d+)?\.(pt|pth)|.*\.lora(\.pth)?": f"it {_PICKLE}: {_SAVE}",
+    r"adapter(_\d+|_model-\d+-of-\d+)?\.(pt|pth|bin)|.*\.lora(\.pth)?": f"it {_PICKLE}: {_SAVE}",
+    r".*\.(incomplete|part|partial|tmp|crdownload|aria2)": "a download is not complete: do it again",
     r"(optimizer|scheduler|scaler|trainer_state|training_args|rng_state.*|.*_(model|optim)_states)\.\w+": "this is the "
     f"state of a training, without the adapter: {_SAVE}",
 }
