@@ -124,6 +124,36 @@ def test_the_head_has_all_tokens_that_warping_keeps_or_reports_that_it_does_not(
     torch.testing.assert_close(found[whole], expected[whole])
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 0.1, 1.0])
+@pytest.mark.parametrize("values", [{"top_p": 0.9}, {"top_p": 0.9999}, {"typical_p": 0.9}, {"top_k": HEAD + 1}])
+def test_rows_of_which_much_is_left_are_cut_without_sorting_the_vocabulary(
+    values: dict[str, float], scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = random_logits(4, 40 * HEAD, scale)
+    logits[1] = (logits[1] * 20).round() / 20  # with ties
+    logits[2, ::3] = -torch.inf
+    logits[3] = 0  # all are equal
+    chosen = logits.log_softmax(-1)
+    weights = torch.ones_like(chosen) if "top_k" in values else chosen.exp()
+    entropy = torch.special.entr(chosen.exp()).sum(-1, keepdim=True)
+    order = (-chosen - entropy).abs() if "typical_p" in values else -chosen
+    first = order.sort(-1)
+    reached = weights.double().gather(-1, first.indices).cumsum(-1)
+    (mass,) = values.values()
+    last = first.values.gather(-1, (reached < mass).sum(-1, keepdim=True).clamp_(max=logits.shape[-1] - 1))
+
+    topk, sizes = torch.Tensor.topk, list[int]()
+    monkeypatch.setattr(
+        torch.Tensor, "topk", lambda rows, k, *a, **options: sizes.append(k) or topk(rows, k, *a, **options)
+    )
+    left = warped(logits, parameters(*[{**RANDOM, **values}] * 4)) > -torch.inf
+    assert max(sizes) <= HEAD
+    expected = (order <= last) & (logits > -torch.inf)
+    # Of numbers at the edge, rounding decides.
+    near = ((order - last).abs() <= 1e-5) & (logits > -torch.inf)
+    assert torch.equal(left & ~near, expected & ~near) and left.any(-1).all()
+
+
 @given(vocab=st.integers(1, 100), seed=st.integers(0, 99))
 def test_greedy_and_likeliest_equal_argmax_and_topk_for_any_vocabulary(vocab: int, seed: int) -> None:
     logits = random_logits(3, vocab, seed=seed).round()  # with ties

@@ -18,6 +18,9 @@ Column = NDArray[Any]  # [n, 1]
 # How many of the likeliest tokens are looked at before the whole vocabulary is.
 HEAD = 512
 
+# Bits of a float that are looked at together.
+DIGIT = 16
+
 # The least normal float32: below it, devices may take a number for 0.
 LEAST = float(np.finfo(np.float32).tiny)
 
@@ -125,6 +128,8 @@ def _keep_sigmas(logits: Tensor, _: History, counts: Column) -> Tensor:
 def _keep_top_k(logits: Tensor, k: Column) -> Tensor:
     """Keeps the k likeliest tokens, and what equals the last of them."""
     k = np.minimum(k, logits.shape[-1])
+    if k.max() > HEAD:
+        return _keep_mass(logits, torch.ones_like(logits), -logits, k)
     best = logits.topk(int(k.max())).values
     return logits.masked_fill(logits < best.gather(-1, to_device(k - 1, logits)), -torch.inf)
 
@@ -153,16 +158,40 @@ def _keep_typical(logits: Tensor, p: Column) -> Tensor:
     return _keep_mass(logits, probabilities, (surprise - expected).abs(), p)
 
 
-def _keep_mass(logits: Tensor, probabilities: Tensor, order: Tensor, masses: Column) -> Tensor:
-    """Keeps the tokens of the least `order` whose probabilities add up to a mass, and what equals the last of them."""
-    vocab, mass = logits.shape[-1], to_device(masses, logits)
-    for size in (min(HEAD, vocab), vocab):
-        first = order.topk(size, largest=False)
-        cumulative = probabilities.gather(-1, first.indices).cumsum(-1, dtype=torch.float64)
-        if size == vocab or bool((cumulative[:, -1:] >= mass).all()):
-            break
-    last = (cumulative < mass).sum(-1, keepdim=True).clamp_(max=size - 1)
-    return logits.masked_fill(order > first.values.gather(-1, last), -torch.inf)
+def _keep_mass(logits: Tensor, weights: Tensor, order: Tensor, masses: Column) -> Tensor:
+    """Keeps the tokens of the least `order`, which is not negative, whose weights add up to a mass, and what equals the
+    last of them."""
+    mass = to_device(masses, logits).double()
+    size = min(HEAD, order.shape[-1])
+    first = order.topk(size, largest=False)
+    cumulative = weights.gather(-1, first.indices).cumsum(-1, dtype=torch.float64)
+    if size == order.shape[-1] or bool((cumulative[:, -1:] >= mass).all()):
+        most = first.values.gather(-1, torch.searchsorted(cumulative, mass).clamp_(max=size - 1))
+    else:
+        most = _order_of_mass(weights, order, mass)
+    return logits.masked_fill(order > most, -torch.inf)
+
+
+def _order_of_mass(weights: Tensor, order: Tensor, mass: Tensor) -> Tensor:
+    """The least number [n, 1] up to which the weights, by their `order`, add up to the mass; NaN, if all do not.
+
+    Nothing is sorted, which would take several times as long. The bits of a float that is not negative are an integer
+    as large as others' are to it: first, its upper digits are found, then the lower ones.
+    """
+    bits = order.abs().view(torch.int32)  # without the sign of -0
+    upper, lower = (bits >> DIGIT).long(), (bits & (1 << DIGIT) - 1).long()
+    sums = _sums(weights, upper, 1 << 31 - DIGIT)
+    found = torch.searchsorted(sums, mass).clamp_(max=sums.shape[-1] - 1)
+    before = torch.where(found > 0, sums.gather(-1, (found - 1).clamp_(min=0)), 0)
+    sums = _sums(torch.where(upper == found, weights, 0), lower, 1 << DIGIT)
+    last = torch.searchsorted(sums, mass - before).clamp_(max=sums.shape[-1] - 1)
+    return (found << DIGIT | last).int().view(torch.float32)
+
+
+def _sums(weights: Tensor, digits: Tensor, count: int) -> Tensor:
+    """What the weights of each digit and of those below it add up to: [n, count]."""
+    sums = torch.zeros((len(weights), count), dtype=torch.float64, device=weights.device)
+    return sums.scatter_add_(-1, digits, weights.double()).cumsum_(-1)
 
 
 # In the order in which they apply. These see the whole rows, as the model made them.
