@@ -16,7 +16,7 @@ REQUEST = {"prompt": "A canary", "max_new_tokens": 200, "ignore_eos": True, "see
 @dataclass
 class Seen:
     canaries: int = 0
-    gaps: list[float] = field(default_factory=list)  # seconds between two pieces of a canary
+    gaps: list[tuple[float, float]] = field(default_factory=list)  # seconds between two pieces; when (time.monotonic)
     faults: list[str] = field(default_factory=list)
 
 
@@ -32,7 +32,7 @@ async def watch(address: str) -> Seen:
             async for piece in client.stream(**REQUEST):
                 times.append(monotonic())
                 text += piece.text
-            seen.gaps += [later - earlier for earlier, later in pairwise(times)]
+            seen.gaps += [(later - earlier, later) for earlier, later in pairwise(times)]
             seen.canaries += 1
             if text != undisturbed:
                 seen.faults.append(f"the canary said {text!r}, not {undisturbed!r}")

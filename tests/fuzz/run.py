@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import sys
+import time
 from asyncio.subprocess import PIPE
 from collections import Counter
 from collections.abc import Iterator
@@ -25,22 +26,37 @@ AT_A_TIME = 8
 ROOT = Path(__file__).parents[2]
 
 
+@dataclass(frozen=True)
+class Sent:
+    number: int
+    text: str
+    began: float  # by time.monotonic, as on all processes of a machine
+    ended: float
+
+
 @dataclass
 class Report:
     statuses: Counter[str] = field(default_factory=Counter)  # of the answers
+    sent: list[Sent] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen)
 
     def __str__(self) -> str:
         answers = ", ".join(f"{count} {status}" for status, count in self.statuses.most_common())
         gaps = sorted(self.seen.gaps)
-        longest, nearly = (f"{gap * 1000:.0f} ms" for gap in (gaps[-1], gaps[len(gaps) * 999 // 1000]))
+        longest, nearly = (f"{gap * 1000:.0f} ms" for gap, _ in (gaps[-1], gaps[len(gaps) * 999 // 1000]))
         heads = (
             f"{self.statuses.total()} requests: {answers}",
             f"{self.seen.canaries} canaries: gaps up to {longest}, 99.9 % up to {nearly}",
+            *(f"a gap of {gap * 1000:.0f} ms beside\n{self._beside(gap, when)}" for gap, when in gaps[:-4:-1]),
             f"{len(self.faults)} faults",
         )
         return "\n".join([*heads, *self.faults])
+
+    def _beside(self, gap: float, when: float) -> str:
+        """The requests that there were in a gap which ended then."""
+        met = (sent for sent in self.sent if sent.began < when and sent.ended > when - gap)
+        return "\n".join(f"  number {sent.number}: {sent.text:.150}" for sent in met)
 
 
 async def fuzz(folder: Path, seed: int, requests: int) -> Report:
@@ -73,7 +89,7 @@ async def attack(server: Server, api: Api, seed: int, numbers: Iterator[int], re
     http_port, grpc_port = (int(address.rpartition(":")[2]) for address in (server.url, server.address))
     async with grpc.aio.insecure_channel(server.address) as channel:
         for number in numbers:
-            dice = random.Random(f"{seed} {number}")
+            dice, began = random.Random(f"{seed} {number}"), time.monotonic()
             if number % 2 and dice.random() < 0.95:
                 message = odd_message(dice)
                 sent, (status, wrong) = str(message), await call(channel, message)
@@ -81,5 +97,6 @@ async def attack(server: Server, api: Api, seed: int, numbers: Iterator[int], re
                 request, port = (odd_frames(dice), grpc_port) if number % 2 else (odd_request(api, dice), http_port)
                 sent, (status, wrong) = str(request), await send(port, request)
             report.statuses[status] += 1
+            report.sent.append(Sent(number, sent, began, time.monotonic()))
             if wrong:
                 report.faults.append(f"number {number}: {sent}\n  {wrong[:1500]}")

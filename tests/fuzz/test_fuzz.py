@@ -9,3 +9,4 @@ async def test_odd_requests_are_answered_and_a_stream_beside_them_is_not_changed
     report = await fuzz(tmp_path, seed=1, requests=400)
     assert report.statuses["200"] and report.statuses["OK"] and report.seen.canaries
     assert report.faults == []
+    assert "\na gap of " in str(report) and "\n  number " in str(report)
