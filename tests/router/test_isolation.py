@@ -256,6 +256,30 @@ async def test_suggestions_and_listings_have_no_adapter_that_was_merged_with_ano
     assert await world.setup.service.adapters.lists("public@1", "bob") and page.adapters == []
 
 
+async def test_no_figure_of_an_answer_tells_what_others_have_sent(world: World) -> None:
+    service, prompt = world.setup.service, list(range(1, 41))
+
+    async def cached(key: str, **options: object) -> list[object]:
+        """The cached tokens that each face reports, of a whole answer and of a stream."""
+        body = {"model": "base", "prompt": prompt, **GENERATES, **options}
+        stream = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        whole, streamed = [
+            await ask(world.setup, "/v1/completions", each, authorization=f"Bearer {key}") for each in (body, stream)
+        ]
+        *_, (_, last), _done = events(streamed)
+        usages = [json.loads(text)["usage"] for text in (whole.bodies[0], last.removeprefix("data: "))]
+        return [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+
+    assert await cached("bob") == [0, 36]
+    assert await cached("ann") == [0, 36]  # not what bob has sent
+    service.keys.update(TENANTS | {"ann": TENANTS["ann"].model_copy(update={"keys": [hashed("new")]})})
+    assert await cached("new") == [36, 36]  # another key of the same tenant
+    renamed = {name: TENANTS[name] for name in ("bob", "eve")} | {"fay": TENANTS["ann"]}
+    service.keys.update(renamed)
+    assert await cached("ann") == [0, 36]  # the same key, of another tenant
+    assert {tenant for tenant, *_ in (await service.usage("ann"))[1]} == {"fay"}
+
+
 async def test_an_adapter_that_is_made_private_ends_what_may_be_asked_of_it(world: World) -> None:
     service, wanted = world.setup.service, Request(prompt=(1,), adapter=AdapterReference("bob/own"), max_new_tokens=3)
     queued = await service.generate(wanted, "bob")

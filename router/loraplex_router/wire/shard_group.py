@@ -46,7 +46,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
 )
 
 RETRY_SECONDS = 0.1
-AT_A_TIME = 500  # local adapters decoded without a pause
+AT_A_TIME = 100  # local adapters decoded without a pause
 ANSWER_SECONDS = 5.0  # for GetInfo, which needs no computation
 PING_SECONDS = 0.5  # between an answer and the next ping
 # A rank's port opens once its model is loaded: a closed port is not logged for this long.
