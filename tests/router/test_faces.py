@@ -13,6 +13,7 @@ from loraplex_router.api.http import admin, lorax, openai
 from loraplex_router.api.http.app import FACES
 from loraplex_router.api.http.face import Face, face_of
 from loraplex_router.api.http.other_servers import HINTS
+from loraplex_router.vocabulary.adapter import LocalAdapter
 from tests.router.test_engine import Setup
 from tests.router.test_http_streams import Client
 from tests.router.test_keys import hashed
@@ -127,3 +128,26 @@ async def test_an_adapter_that_cannot_be_used_is_named_by_the_field_that_has_it(
     error = json.loads(client.bodies[0])["error"]
     assert error["param"] == param and name in error["message"]
     assert client.status == (403 if name == "forbidden" else 404)
+
+
+async def test_the_pages_of_models_add_up_to_the_whole_list():
+    setup = Setup()
+    faults = {"broken": "cut short", "c": "cut short"}
+    names = ("a", "b", "base", "broken", "c", "d", "tgi")
+    setup.shards.local = [LocalAdapter(name, faults.get(name, "")) for name in names]
+
+    async def ids(query: str) -> tuple[list[str], bool]:
+        client = Client(setup, f"/v1/models{query}")
+        await client.run()
+        found = json.loads("".join(client.bodies))
+        return [model["id"] for model in found["data"]], found["has_more"]
+
+    whole, more = await ids("")
+    assert whole == ["base", "a", "b", "base:base", "d", "base:tgi"] and not more
+    for limit in (1, 2, 3, 5, 6, 7):
+        paged, more = await ids(f"?limit={limit}")
+        while more:
+            page, more = await ids(f"?limit={limit}&after={paged[-1]}")
+            assert 1 <= len(page) <= limit
+            paged += page
+        assert paged == whole

@@ -40,7 +40,7 @@ router = APIRouter(route_class=JsonRoute)
 @router.get("/models", tags=["OpenAI"], responses={200: {"model": answers.ModelList}, **only(ERRORS, 400, 401, 503)})
 async def models(call: Call, limit: Limit = None, after: After = "") -> Response:
     """The base model, and every adapter that is loaded or in the adapter directory, unless it is broken."""
-    found = await _list_models(call)
+    found = await _list_models(call, limit, after)
     ids = list(found)
     part, ends = cut_page(ids, limit, after, "a listed model")
     written = write_data((_describe(call.service, id, found[id]) for id in ids[part]), AT_A_TIME, **ends)
@@ -75,19 +75,28 @@ async def vllm_unload(body: NamedUnload, call: Call) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-async def _list_models(call: Call, only: str = "") -> dict[str, pb.AdapterStatus | None]:
+async def _list_models(
+    call: Call, limit: int | None = None, after: str = "", only: str = ""
+) -> dict[str, pb.AdapterStatus | None]:
     """Statuses by id, in the order of the listing. The base model, which has no status, comes first, under all its
-    names. An adapter with one of these names is listed with the prefix that requests need. `only`: the base model's
-    names, and adapters with this one."""
-    names = call.service.model_names
+    names. An adapter with one of these names is listed with the prefix that requests need. With a limit: at least one
+    more than that after the model `after`, if there are so many, and that one, without its status. `only`: the base
+    model's names, and adapters with this one."""
+    names, adapters = call.service.model_names, call.service.adapters
     found: dict[str, pb.AdapterStatus | None] = dict.fromkeys(names)
     ambiguous, prefix = {*names, *OTHER_BASE_NAMES}, f"{names[0]}:"
-    page = await call.service.adapters.list(call.key, only=only.removeprefix(prefix))
-    for number, status in enumerate(page.adapters):
-        if number % AT_A_TIME == 0:
-            await asyncio.sleep(0)  # let other tasks run
-        if status.state != pb.ADAPTER_STATE_BROKEN:
-            found.setdefault(prefix + status.id if status.id in ambiguous else status.id, status)
+    last = "" if after in found else after.removeprefix(prefix)
+    if last and await adapters.lists(last, call.key):
+        found[after] = None
+    most, more = 0 if limit is None else len(found) + limit + 1, True
+    while more and (not most or len(found) < most):
+        page, more = await adapters.list(call.key, last, most, only.removeprefix(prefix))
+        for number, status in enumerate(page):
+            if number % AT_A_TIME == 0:
+                await asyncio.sleep(0)  # let other tasks run
+            if status.state != pb.ADAPTER_STATE_BROKEN:
+                found.setdefault(prefix + status.id if status.id in ambiguous else status.id, status)
+            last = status.id
     return found
 
 
