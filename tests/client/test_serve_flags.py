@@ -184,7 +184,7 @@ def test_variables_that_no_setting_reads_are_named(monkeypatch: pytest.MonkeyPat
     [
         (
             "VLLM_API_KEY",
-            "VLLM_API_KEY has no effect; here it is LORAPLEX_API_KEYS FILE, which holds hashes of keys; set",
+            "VLLM_API_KEY has no effect; here it is LORAPLEX_API_KEYS=FILE, which holds hashes of keys; set",
         ),
         (
             "LLAMA_ARG_SSL_KEY_FILE",
@@ -225,7 +225,7 @@ def test_variables_of_other_servers_are_named(monkeypatch: pytest.MonkeyPatch, c
     warn_of_variables(ServeSettings(), "serve")
     assert caplog.messages == [
         "ADAPTER_ID has no effect; here it is not supported: requests name their adapter",
-        "API_KEY has no effect; here it is LORAPLEX_API_KEYS FILE, which holds hashes of keys",
+        "API_KEY has no effect; here it is LORAPLEX_API_KEYS=FILE, which holds hashes of keys",
         "HF_API_TOKEN has no effect; here it is the variable HF_TOKEN",
         "LLAMA_ARG_CTX_SIZE has no effect; here it is LORAPLEX_MAX_MODEL_LEN",
         "MAX_INPUT_LENGTH has no effect; here it is LORAPLEX_MAX_MODEL_LEN",

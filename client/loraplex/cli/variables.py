@@ -48,6 +48,7 @@ def foreign(own: Collection[str], given: Collection[str], environment: Mapping[s
         if is_setting(name) and not name.startswith(PREFIX):
             if setting in own:
                 ours = re.sub("--([a-z-]+)", lambda found: variable(found[1].replace("-", "_")), known)
+                ours = re.sub(r"(LORAPLEX_\w+) (FILE|DIRECTORY)", r"\1=\2", ours)
                 yield f"{name} has no effect; here it is {ours}", name in SERIOUS
             elif not known.startswith("--") and known.removeprefix("the variable ") not in environment:
                 yield f"{name} has no effect; here it is {known}", False
