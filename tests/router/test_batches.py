@@ -6,7 +6,7 @@ import json
 import time
 from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from openai.types import Batch
 
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.api.http.inner_calls import InnerCalls
+from loraplex_router.api.http.openai.batches.routes import MOST_UPLOADS, uploads
 from loraplex_router.batches.bucket import BatchBucket
 from loraplex_router.batches.folder import BatchFolder
 from loraplex_router.batches.opening import open_batches
@@ -299,6 +300,16 @@ async def test_a_tenant_at_its_limits_delays_neither_its_other_requests_nor_the_
         assert (await ended(one, waiting)).status == "cancelled"
 
 
+async def test_uploads_of_a_tenant_do_not_keep_others_waiting(tmp_path: Path) -> None:
+    world = World(tmp_path, tenants=TENANTS)
+    async with AsyncExitStack() as uploading:
+        for _ in range(MOST_UPLOADS):
+            await uploading.enter_async_context(uploads["one"])
+        with pytest.raises(openai.RateLimitError, match="being uploaded"):
+            await world.client("one").files.create(file=b"x", purpose="batch")
+        assert (await world.client("two").files.create(file=b"x", purpose="batch")).id
+
+
 @pytest.mark.parametrize("id", ["file-1", "../../etc/passwd", "file-" + "0" * 24, "..%2f..%2fetc"])
 async def test_an_id_that_is_not_one_is_unknown(id: str, place: str) -> None:
     world = World(place)
@@ -346,8 +357,8 @@ async def test_files_and_batches_are_limited_in_number_size_and_time(
         await client.files.create(file=b"x", purpose="batch")
     with pytest.raises(openai.BadRequestError, match="has more than"):
         await client.files.create(file=b"x" * 5001, purpose="batch")
-    monkeypatch.setattr(f"{routes}.uploads", asyncio.Semaphore(0))
-    with pytest.raises(openai.RateLimitError, match="others are uploading"):
+    monkeypatch.setitem(uploads, "", asyncio.Semaphore(0))
+    with pytest.raises(openai.RateLimitError, match="being uploaded"):
         await client.files.create(file=b"x", purpose="batch")
     async with world.running():
         batch = await ended(client, batch)

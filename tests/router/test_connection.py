@@ -3,17 +3,20 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
+from hashlib import sha256
 
 import grpc.aio
 import pytest
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.generation_pb2_grpc import GenerationServiceServicer, GenerationServiceStub
+from loraplex_router.access.keys import Keys, TenantSettings
 from loraplex_router.api import sending
 from loraplex_router.api.grpc import GrpcServer
 from loraplex_router.api.http import connection
@@ -64,7 +67,7 @@ async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
     app = Starlette(routes=routes)
     app.state.ended = ENDED
     ENDED.clear()
-    app.add_middleware(BodyLimit, limit=LIMIT, seconds=0.2)
+    app.add_middleware(BodyLimit, limit=LIMIT, keys=Keys({}), seconds=0.2)
     server = Server(uvicorn.Config(app, port=0, http=Connection, lifespan="off", log_config=None))
     serving = asyncio.create_task(server.serve())
     while not server.started:
@@ -133,30 +136,61 @@ async def test_the_server_does_not_wait_for_a_body_that_nobody_reads(port: int):
     assert b"ignored" in await send(port, ENDLESS.replace(b"/ ", b"/ignored ", 1))
 
 
-async def test_bodies_that_are_too_large_together_are_refused():
-    held, release = asyncio.Event(), asyncio.Event()
+class Bodies:
+    """Requests whose bodies have arrived, and which are not answered until `release` is set."""
 
-    async def app(scope, receive, send):
-        await receive()
-        held.set()
-        await release.wait()
+    def __init__(self, keys: Keys) -> None:
+        self.release = asyncio.Event()
+        self.limited = BodyLimit(self._app, LIMIT, keys)
+        self._arrived = 0
+        self._running = list[asyncio.Task[None]]()
 
-    def receive_of(size: int):
+    async def hold(self, size: int, key: str = "") -> None:
+        """Raises what refuses the request."""
+        arrived = self._arrived
+        self._running.append(asyncio.create_task(self.send(size, key)))
+        while self._arrived == arrived:
+            await asyncio.sleep(0)
+            if self._running[-1].done():
+                return await self._running.pop()
+
+    async def send(self, size: int, key: str = "") -> None:
         async def receive():
             return {"type": "http.request", "body": b"x" * size, "more_body": False}
 
-        return receive
+        await self.limited({"type": "http", "headers": [(b"authorization", f"Bearer {key}".encode())]}, receive, None)
 
-    limited = BodyLimit(app, LIMIT)
-    scope = {"type": "http", "headers": []}
-    running = [asyncio.create_task(limited(scope, receive_of(LIMIT), None)) for _ in range(MOST_BODIES)]
-    await held.wait()
-    await asyncio.sleep(0)
-    with pytest.raises(Exception, match="try again"):
-        await limited(scope, receive_of(1), None)
-    release.set()
-    await asyncio.gather(*running)
-    await limited(scope, receive_of(1), None)
+    async def answer(self) -> None:
+        self.release.set()
+        await asyncio.gather(*self._running)
+
+    async def _app(self, scope, receive, send):
+        await receive()
+        self._arrived += 1
+        await self.release.wait()
+
+
+async def test_bodies_that_are_too_large_together_are_refused():
+    bodies = Bodies(Keys({}))
+    for _ in range(MOST_BODIES):
+        await bodies.hold(LIMIT)
+    with pytest.raises(HTTPException, match="try again"):
+        await bodies.send(1)
+    await bodies.answer()
+    await bodies.send(1)
+
+
+async def test_the_bodies_of_a_tenant_leave_room_for_those_of_others_and_without_a_key_none_is_read():
+    bodies = Bodies(Keys({name: TenantSettings(keys=[sha256(name.encode()).hexdigest()]) for name in ("one", "two")}))
+    with pytest.raises(HTTPException, match="unknown API key"):
+        await bodies.send(1, "nobody")
+    for _ in range(MOST_BODIES // 2):
+        await bodies.hold(LIMIT, "one")
+    with pytest.raises(HTTPException, match="try again"):
+        await bodies.send(1, "one")
+    await bodies.hold(LIMIT, "two")
+    await bodies.answer()
+    await bodies.send(LIMIT, "one")
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 10, 19, 20, 57, 58, 59])  # where the first part of the headers ends

@@ -36,7 +36,7 @@ def create_app(
         swagger_ui_parameters={"validatorUrl": None},
     )
     app.add_middleware(Invocations)
-    app.add_middleware(BodyLimit, limit=max_body, without=("/adapters/upload", "/v1/files"))
+    app.add_middleware(BodyLimit, limit=max_body, keys=service.keys, without=("/adapters/upload", "/v1/files"))
     app.add_middleware(HeadAsGet)
     for middleware in service.telemetry.middleware:
         app.add_middleware(middleware)

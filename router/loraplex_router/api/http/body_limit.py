@@ -1,10 +1,18 @@
-"""Limits request bodies: the size of each, before it is in memory, the time it takes, and the size of all together."""
+"""Limits request bodies: the size of each, before it is in memory, the time it takes, and the size of all together.
+Nothing is read of callers without a key, where one is needed."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Collection
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loraplex_protos.errors import UnauthenticatedError
+from loraplex_router.access.keys import Keys
+from loraplex_router.access.tenant import Tenant
+from loraplex_router.api.http.call import key_of
 
 BODY_SECONDS = 60.0  # from a request's headers to the end of its body
 MOST_BODIES = 8  # bodies of the largest size that may be in memory together, or more smaller ones
@@ -13,14 +21,19 @@ MOST_DISCARDED = 8  # times the largest size is read of a refused body, because 
 
 class BodyLimit:
     """An ASGI middleware. Counts a body as it arrives, whatever its Content-Length, until its request is answered. A
-    body is refused if there is no room for it."""
+    body is refused if there is no room for it. With keys, a tenant has half of the room that others leave, so that
+    there is always some for somebody else."""
 
-    def __init__(self, app: ASGIApp, limit: int, seconds: float = BODY_SECONDS, without: Collection[str] = ()) -> None:
+    def __init__(
+        self, app: ASGIApp, limit: int, keys: Keys, seconds: float = BODY_SECONDS, without: Collection[str] = ()
+    ) -> None:
         """`without`: the paths of routes that limit their bodies themselves."""
         self._app = app
         self._limit = limit  # bytes
+        self._keys = keys
         self._seconds = seconds
         self._room = limit * MOST_BODIES
+        self._held: Counter[Tenant] = Counter()  # bytes
         self._without = frozenset(without)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -28,6 +41,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         deadline = asyncio.get_running_loop().time() + self._seconds
+        tenant: Tenant | None = None
         received, complete = 0, False
 
         async def read() -> tuple[Message, int]:
@@ -44,13 +58,15 @@ class BodyLimit:
             return message, len(message.get("body", b""))
 
         async def counted() -> Message:
-            nonlocal received
+            nonlocal tenant, received
             if complete:
                 return await receive()
+            tenant = tenant or self._tenant(scope)
             message, size = await read()
             received += size
             self._room -= size
-            if refusal := self._refusal(scope, received):
+            self._held[tenant] += size
+            if refusal := self._refusal(scope, tenant, received):
                 discarded = size
                 while not complete and discarded < self._limit * MOST_DISCARDED:
                     discarded += (await read())[1]
@@ -61,13 +77,21 @@ class BodyLimit:
             await self._app(scope, counted, send)
         finally:
             self._room += received
+            if tenant is not None:
+                self._held -= Counter({tenant: received})
 
-    def _refusal(self, scope: Scope, received: int) -> HTTPException | None:
+    def _tenant(self, scope: Scope) -> Tenant:
+        try:
+            return self._keys.tenant(key_of(Headers(scope=scope)))
+        except UnauthenticatedError as error:
+            raise HTTPException(401, error.message) from None
+
+    def _refusal(self, scope: Scope, tenant: Tenant, received: int) -> HTTPException | None:
         encodings = {value.lower() for name, value in scope["headers"] if name == b"content-encoding"}
         if encodings - {b"", b"identity"}:
             return HTTPException(415, "compressed bodies are not read: send it without Content-Encoding")
         if received > self._limit:
             return HTTPException(413, f"a request must have at most {self._limit} bytes", {"Connection": "close"})
-        if self._room < 0:
+        if self._room < 0 or (self._keys.required and self._held[tenant] > self._room):
             return HTTPException(429, "other requests are large: try again later", {"Retry-After": "1"})
         return None

@@ -79,6 +79,8 @@ def read_error(error: Exception) -> LoraplexError:
             return RequestCancelledError("the client left before it had sent its request")
         case HTTPException(status_code=400):  # FastAPI's for a body that is not text
             return InvalidRequestError(FieldViolation("body", "is not JSON"))
+        case HTTPException(status_code=401):
+            return UnauthenticatedError(error.detail)
         case HTTPException(status_code=429):
             return OverloadedError(error.detail)
         case HTTPException():

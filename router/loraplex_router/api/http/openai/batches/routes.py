@@ -1,6 +1,7 @@
 """OpenAI's files and batches. What a batch runs is in `loraplex_router/batches`."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -30,7 +31,7 @@ from loraplex_router.batches.batches import Batches
 from loraplex_router.batches.records import BatchRecord, FileRecord
 
 MOST_BYTES = 200 << 20  # of a file, as at OpenAI
-MOST_UPLOADS = 4  # at the same time
+MOST_UPLOADS = 4  # of a tenant at the same time
 SECONDS = 600.0  # for all of an upload
 ANSWER_SECONDS = 15.0  # for anything else
 
@@ -57,16 +58,16 @@ After = Annotated[str, Query(description="The `last_id` of the page before.")]
 Order = Literal["asc", "desc"]
 
 router = APIRouter(tags=["OpenAI"], route_class=JsonRoute)
-uploads = asyncio.Semaphore(MOST_UPLOADS)
+uploads: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MOST_UPLOADS))  # by tenant
 
 
 @router.post("/files", response_model=FileRecord, openapi_extra=UPLOAD, responses=only(ERRORS, 400, 401, 404, 429))
 async def upload_file(request: Request, call: Call) -> FileRecord:
     """Keeps a file of requests, one per line, for a batch."""
     batches, tenant = _batches(call)
-    if uploads.locked():
-        raise OverloadedError("others are uploading files: try again later")
-    async with uploads:
+    if uploads[tenant].locked():
+        raise OverloadedError(f"{MOST_UPLOADS} files are being uploaded: try again later")
+    async with uploads[tenant]:
         form = await _read_form(request)
         try:
             file, purpose = form.get("file"), form.get("purpose")
