@@ -149,6 +149,19 @@ def test_a_router_that_ends_a_batch_after_another_one_did_deletes_its_files(
     assert len([name for name in s3.objects if "/contents/" in name]) == 2
 
 
+def test_answers_in_many_parts_are_put_together(s3: StandInS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_job, "MOST_ROWS", 2)
+    store = bucket()
+    record = written(store, 70)
+    job = running(store, record.id)
+    answer(job, *range(60))
+    job.finish(Status.EXPIRED)
+    done = store.batch("", record.id)
+    assert sorted(answered(store, done.output_file_id)) == sorted(f"line {n}" for n in range(60))
+    assert answered(store, done.error_file_id) == [f"line {n}" for n in range(60, 70)]
+    assert (done.request_counts.completed, done.request_counts.failed) == (60, 10)
+
+
 def test_what_a_crashed_router_has_put_together_is_put_together_again(
     s3: StandInS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +242,13 @@ def test_a_lease_that_is_renewed_stays_and_ends_when_the_store_hangs(
     s3.release()
     assert one.take()  # nobody else has taken it
     one.release()
+
+
+def test_a_bucket_that_is_not_there_is_said_to_be_missing(s3: StandInS3) -> None:
+    s3.failure = 404
+    for call in (bucket().lock, bucket().unfinished, lambda: written(bucket(), 1), lambda: bucket().batches("")):
+        with pytest.raises(UnavailableError, match="the bucket of batches in S3 does not exist"):
+            call()
 
 
 def test_a_store_that_ignores_conditions_runs_no_batches(s3: StandInS3, monkeypatch: pytest.MonkeyPatch) -> None:

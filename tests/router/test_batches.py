@@ -200,9 +200,9 @@ async def test_only_one_router_runs_the_batches_of_a_folder_and_another_takes_ov
     ],
 )
 async def test_an_input_with_a_wrong_line_fails_as_a_whole_and_names_the_line(
-    content: bytes, codes: list[tuple[int | None, str]], place: str
+    content: bytes, codes: list[tuple[int | None, str]], tmp_path: Path
 ) -> None:
-    world = World(place)
+    world = World(tmp_path)
     client = world.client()
     async with world.running():
         batch = await ended(client, await create(client, content))
@@ -311,8 +311,8 @@ async def test_uploads_of_a_tenant_do_not_keep_others_waiting(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("id", ["file-1", "../../etc/passwd", "file-" + "0" * 24, "..%2f..%2fetc"])
-async def test_an_id_that_is_not_one_is_unknown(id: str, place: str) -> None:
-    world = World(place)
+async def test_an_id_that_is_not_one_is_unknown(id: str, tmp_path: Path) -> None:
+    world = World(tmp_path)
     with pytest.raises(openai.NotFoundError):
         await world.client().files.retrieve(id)
 

@@ -79,7 +79,7 @@ class Objects:
 
     def list(self, folder: str) -> Iterator[Listed]:
         """All objects below it, those of its folders as well; all there are for an empty name."""
-        with self._errors():
+        with self._errors(), self._bucket_is_there():
             for page in obstore.list(self._small, self._full(folder) or None, chunk_size=PAGE):
                 for object in page:
                     path = object["path"].removeprefix(self._place.prefix)
@@ -87,7 +87,7 @@ class Objects:
                     yield Listed(path, object["size"], modified, object["e_tag"] or "")
 
     def put(self, path: str, content: bytes) -> None:
-        with self._errors():
+        with self._errors(), self._bucket_is_there():
             obstore.put(self._small, self._full(path), content, use_multipart=False)
 
     def replace(self, path: str, content: bytes, version: "UpdateVersion | None") -> "UpdateVersion":
@@ -100,7 +100,7 @@ class Objects:
 
     def upload(self, path: str, content: IO[bytes] | Iterator[bytes]) -> None:
         """Writes a large object. It is there as a whole or not at all."""
-        with self._errors():
+        with self._errors(), self._bucket_is_there():
             obstore.put(self._large, self._full(path), content, chunk_size=PIECE, max_concurrency=MOST_PIECES)
 
     def read(self, path: str, piece: int = PIECE) -> Iterator[bytes]:
@@ -145,10 +145,20 @@ class Objects:
         except (BaseError, ValueError) as error:
             raise UnavailableError(f"the bucket of batches in {self._place.kind.title} {self._why(error)}") from None
 
+    @contextmanager
+    def _bucket_is_there(self) -> Iterator[None]:
+        """For calls that need no object."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise UnavailableError(f"the bucket of batches in {self._place.kind.title} {self._why(error)}") from None
+
     def _why(self, error: Exception) -> str:
         if self._place.lacks_credentials(error):
             return "cannot be used: this server has no credentials for it"
-        if status := status_of(error):
+        if (status := status_of(error)) == 404:
+            return "does not exist"
+        if status:
             return f"cannot be used: it answers {status}{code_of(error)}"
         return f"cannot be used: {trouble_of(error)}"
 
