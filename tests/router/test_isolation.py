@@ -280,6 +280,18 @@ async def test_no_figure_of_an_answer_tells_what_others_have_sent(world: World) 
     assert {tenant for tenant, *_ in (await service.usage("ann"))[1]} == {"fay"}
 
 
+async def test_the_use_of_equal_content_under_a_name_of_anothers_is_not_shown(world: World) -> None:
+    world.setup.shards.digests = {"ann/twin": "same", "bob/own": "same", "public": "same"}
+    for key, name in ("bob", "bob/own"), ("ann", "ann/twin"):
+        wanted = Request(prompt=(1,), adapter=AdapterReference(name), max_new_tokens=1)
+        generation = await world.setup.service.generate(wanted, key)
+        await generation.collect()
+        world.setup.service.requests.close(generation)
+    for key, shows in ("bob", False), ("eve", True):
+        (status,) = (await world.setup.service.adapters.list(key, only="bob/own")).adapters
+        assert status.HasField("last_used") == shows and status.requests == 0
+
+
 async def test_an_adapter_that_is_made_private_ends_what_may_be_asked_of_it(world: World) -> None:
     service, wanted = world.setup.service, Request(prompt=(1,), adapter=AdapterReference("bob/own"), max_new_tokens=3)
     queued = await service.generate(wanted, "bob")

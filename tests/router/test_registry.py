@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraplex_protos.adapter_names import is_id
 from loraplex_protos.errors import (
     AdapterInvalidError,
     AdapterNotFoundError,
@@ -303,6 +304,14 @@ async def test_the_listing_has_versions_aliases_and_what_they_hide(cluster: Clus
     assert [status.state for status in (await listed(cluster))["sql@1"]] == [LOADED]
     await cluster.service.adapters.unload(AdapterReference("sql@1"), key=ADMIN_KEY)
     assert [status.state for status in (await listed(cluster))["sql@1"]] == [AVAILABLE]
+
+
+async def test_what_the_registry_hides_is_counted_apart(cluster: Cluster):
+    for reference in AdapterReference("sql@1"), AdapterReference("a", "local"), AdapterReference("sql@1", "local"):
+        generation = await cluster.service.generate(Request(prompt=(1,), adapter=reference), ADMIN_KEY)
+        cluster.service.requests.close(generation)
+        label = f"[local]{reference.id}" if reference.source else reference.id
+        assert generation.adapter_name == label and is_id(label) != bool(reference.source)
 
 
 async def test_an_administrator_must_say_which_of_an_aliass_adapters_is_meant(cluster: Cluster):

@@ -118,8 +118,10 @@ class Registry:
     def resolve_one(self, reference: AdapterReference, session: str | None) -> AdapterReference:
         """As resolve. Without a session, an alias of several adapters is refused."""
         asked = target = reference.id
-        if reference.source or not self.has(self.bare(asked)):
+        if not self.has(self.bare(asked)):
             return reference
+        if reference.source:
+            return replace(reference, hidden=True)
         if reference.revision:
             why = f"{quote(asked)} is a name in the registry: request a version as NAME@VERSION, or name the source"
             raise InvalidRequestError(FieldViolation("adapter.revision", why))

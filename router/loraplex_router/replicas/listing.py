@@ -84,7 +84,7 @@ class Listing:
         Raises UnavailableError if no replica can list the directory.
         """
         local, fetches = await self._local(kept=bool(after)), await self._fetches()
-        several = [*self._loaded(), *self._fetching(fetches)]
+        several = [*self._loaded(visible), *self._fetching(fetches)]
         listed = {line.id for line in several}
         known = {line.id for line in several if line.key[1] in ("", "local")}
         several += self._registered(self._registry.upload_lines(), local, fetches, listed)
@@ -108,15 +108,16 @@ class Listing:
                 page.append(status)
         return AdapterPage(page, False)
 
-    def _loaded(self) -> Iterator[Line]:
+    def _loaded(self, visible: Callable[[str], bool] = lambda name: True) -> Iterator[Line]:
         held = {adapter.digest for replica in self._replicas for adapter in replica.pool}
         entries = [entry for entry in self._resolutions if entry.digest in held]
         names: dict[str, set[str]] = {}
         for entry in entries:
             names.setdefault(entry.digest, set()).add(entry.id)
         for entry in entries:
-            key, shared = (entry.id, entry.source, entry.revision), len(names[entry.digest]) > 1
-            yield Line(key, self._registry.bare(entry.id), partial(self._status, entry, shared))
+            key, others = (entry.id, entry.source, entry.revision), names[entry.digest] - {entry.id}
+            private = not all(visible(self._registry.bare(name)) for name in others)
+            yield Line(key, self._registry.bare(entry.id), partial(self._status, entry, bool(others), private))
 
     async def _fetches(self) -> Fetches:
         """How far the fetches of all replicas are; of an adapter that several fetch, one of them."""
@@ -204,13 +205,17 @@ class Listing:
             raise AdapterNotFoundError(f"adapter {shown(name)} is not loaded")
         return status
 
-    def _status(self, entry: Entry, shared: bool) -> pb.AdapterStatus | None:
-        """None if no replica holds it any more. `shared`: its content has other names, too."""
+    def _status(self, entry: Entry, shared: bool, private: bool = False) -> pb.AdapterStatus | None:
+        """None if no replica holds it any more. `shared`: its content has other names, too. `private`: the caller does
+        not see them all."""
         pinned, name = self._pins.has(entry.digest, entry.id), entry.id if shared else None
         holders = [
             hold(replica, adapter, name, pinned) for replica, adapter in holders_of(self._replicas, entry.digest)
         ]
-        return status_in_memory(entry, holders, (entry.digest, entry.id) in self.dropping) if holders else None
+        status = status_in_memory(entry, holders, (entry.digest, entry.id) in self.dropping) if holders else None
+        if status is not None and private:  # its content may have been used by another name
+            status.ClearField("last_used")
+        return status
 
 
 def holders_of(replicas: Replicas, digest: str) -> Iterator[tuple[Replica, Adapter]]:

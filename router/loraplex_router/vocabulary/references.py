@@ -21,6 +21,7 @@ class AdapterReference:
     token: str = field(default="", repr=False)
     version: "Version | None" = None  # of a name in the registry: its id is the version's
     asked: str = field(default="", compare=False)  # the name or alias in the request that led to the version
+    hidden: bool = field(default=False, compare=False)  # the registry has this name, too, and the source was named
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", normal(self.id))
@@ -106,9 +107,15 @@ def asked_of(reference: Reference | None) -> tuple[str, ...]:
 
 
 def labels_of(reference: Reference | None) -> tuple[str, ...]:
-    """The same for metrics: all uploads of a name together."""
-    uploads = (part.version if isinstance(part.origin, Upload) else None for part in parts_of(reference))
-    return tuple(upload.name if upload else id for upload, id in zip(uploads, ids_of(reference), strict=True))
+    """The same for usage and metrics, where each means one adapter: all uploads of a name together, and what the
+    registry hides with its source."""
+    return tuple(map(_label, parts_of(reference)))
+
+
+def _label(part: AdapterReference) -> str:
+    if part.version is not None:
+        return part.version.name if isinstance(part.origin, Upload) else part.id
+    return f"[{part.source}]{part.id}" if part.hidden else part.id
 
 
 def version_of(reference: Reference | None) -> str:
