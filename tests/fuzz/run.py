@@ -54,9 +54,10 @@ class Report:
         return "\n".join([*heads, *self.faults])
 
     def _beside(self, gap: float, when: float) -> str:
-        """The requests that there were in a gap which ended then."""
-        met = (sent for sent in self.sent if sent.began < when and sent.ended > when - gap)
-        return "\n".join(f"  number {sent.number}: {sent.text:.150}" for sent in met)
+        """The requests that there were in a gap which ended then, or those of them that took longest."""
+        met = [sent for sent in self.sent if sent.began < when and sent.ended > when - gap]
+        met.sort(key=lambda sent: sent.began - sent.ended)
+        return "\n".join(f"  number {sent.number}: {sent.text:.150}" for sent in met[:AT_A_TIME])
 
 
 async def fuzz(folder: Path, seed: int, requests: int) -> Report:

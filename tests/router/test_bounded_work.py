@@ -2,10 +2,12 @@
 
 import asyncio
 import gc
+import json
 import re
 import sys
 import threading
 from contextlib import nullcontext, suppress
+from datetime import timedelta
 from types import FrameType, SimpleNamespace
 
 import fastapi.routing
@@ -24,6 +26,8 @@ from loraplex_router.engine import fairness
 from loraplex_router.engine.delta import Delta
 from loraplex_router.text.json_limits import LONG
 from loraplex_router.text.model import read_model
+from loraplex_router.usage.event import Used
+from loraplex_router.usage.ledger import MemoryLedger, today
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import WORD_SIZE, Sample
 from tests.router.test_engine import Setup
@@ -126,6 +130,33 @@ async def test_a_large_request_makes_few_calls_on_the_event_loop(path: str, body
     engine.cancel()
     with suppress(asyncio.CancelledError):
         await engine
+
+
+async def test_usage_of_many_adapters_is_added_up_and_written_on_threads():
+    setup, calls = Setup(), 0
+
+    def count(frame: FrameType, event: str, of: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    await Client(setup, "/usage").run()  # what is made once is there
+    ledger = setup.telemetry.usage.ledger
+    assert isinstance(ledger, MemoryLedger)
+    for day in range(3):
+        totals = {("", f"a{at}"): Used(1, 2, 0, 3) for at in range(MANY)}
+        ledger._days[today() - timedelta(day)] = totals
+    client = Client(setup, "/usage")
+    sys.setprofile(count)
+    try:
+        await client.run()
+    finally:
+        sys.setprofile(None)
+    assert calls < MANY
+    found = json.loads(client.bodies[0])["usage"]
+    assert len(found) == MANY and found[0] == {
+        **{"tenant": None, "adapter": "a0", "requests": 3, "prompt_tokens": 6},
+        **{"cached_tokens": 0, "generated_tokens": 9},
+    }
 
 
 async def test_a_large_grpc_message_is_read_on_a_thread(monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """The totals of what was used, and how much of each stream is in them."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -106,7 +107,7 @@ class MemoryLedger:
         return new
 
     async def totals(self, days: Sequence[date]) -> Totals:
-        return add_up([self._days.get(day, {}) for day in days])
+        return await asyncio.to_thread(add_up, [dict(self._days.get(day, {})) for day in days])
 
     async def since(self) -> float:
         return self._since
@@ -119,6 +120,7 @@ class MemoryLedger:
 
 
 def add_up(days: Sequence[Totals]) -> Totals:
+    """Called on a thread: there may be thousands of adapters, and many days."""
     found: Totals = {}
     for totals in days:
         for key, used in totals.items():

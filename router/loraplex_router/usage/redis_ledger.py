@@ -1,6 +1,7 @@
 """The ledger in a Redis server that several routers share. It also knows which routers live, and what those that have
 died were computing."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -125,7 +126,7 @@ class RedisLedger:
 
     async def totals(self, days: Sequence[date]) -> Totals:
         found = await self._server.run([("HGETALL", _day(day)) for day in days])
-        return add_up([_read(each) for each, _ in zip(found, days, strict=False)])
+        return await asyncio.to_thread(lambda: add_up([_read(each) for each, _ in zip(found, days, strict=False)]))
 
     async def since(self) -> float:
         (since,) = await self._server.run([("GET", SINCE)])

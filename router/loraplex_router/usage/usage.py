@@ -71,7 +71,8 @@ class Usage:
         last = min(last or today(), today())
         first = max(first or date.min, today() - timedelta(MOST_DAYS))
         totals = await self.ledger.totals([first + timedelta(days) for days in range((last - first).days + 1)])
-        return await self.ledger.since(), [(*key, used) for key, used in sorted(totals.items())]
+        rows = await asyncio.to_thread(lambda: [(*key, used) for key, used in sorted(totals.items())])
+        return await self.ledger.since(), rows
 
     async def run(self) -> None:
         """Runs until cancelled."""

@@ -15,11 +15,14 @@ from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.disconnects import collect
 from loraplex_router.api.http.errors import LORAX_ERRORS, only
 from loraplex_router.api.http.health import UNHEALTHY, answer_health
+from loraplex_router.api.http.json_body import JsonAnswer
 from loraplex_router.api.http.lorax import schema
+from loraplex_router.api.turns import in_turn
 from loraplex_router.vocabulary.checks import MAX_N, MAX_STOPS
 from loraplex_router.vocabulary.request import EmbedRequest
 from loraplex_router.vocabulary.request import Request as InternalRequest
 
+NUMBERS = 4  # of a line of usage
 First = Annotated[date | None, Query(alias="from", description="the first day, in UTC")]
 Last = Annotated[date | None, Query(alias="to", description="the last day, in UTC")]
 
@@ -105,12 +108,13 @@ async def usage(call: Call, first: First = None, last: Last = None) -> Response:
     """What the API key's tenant has used with each adapter; for an administrator, what all tenants have. With a Redis
     server (`--store`), at all routers that share it; otherwise at this one since it started."""
     since, rows = await call.service.usage(call.key, first, last)
-    return JSONResponse(
-        {
-            "since": datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds"),
-            "usage": [{"tenant": tenant or None, "adapter": adapter, **asdict(used)} for tenant, adapter, used in rows],
-        }
-    )
+
+    def write() -> JsonAnswer:
+        written = [{"tenant": tenant or None, "adapter": adapter, **asdict(used)} for tenant, adapter, used in rows]
+        began = datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds")
+        return JsonAnswer({"since": began, "usage": written})
+
+    return await in_turn(NUMBERS * len(rows), write)
 
 
 @router.get("/metrics", response_class=Response, tags=["Operation"], responses=only(LORAX_ERRORS, 401, 403))
