@@ -298,3 +298,9 @@ def test_info_shows_the_model(address: str) -> None:
     lines = [line.split() for line in run("info", server=address).stdout.splitlines()]
     assert ["model_id", "tiny"] in lines
     assert ["max_model_len", "64"] in lines
+
+
+def test_top_reads_the_address_that_batches_go_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPLEX_URL", "http://127.0.0.1:1")
+    result = CliRunner().invoke(app, ["top", "--once"])
+    assert result.exit_code == 1 and "error: http://127.0.0.1:1: Connection refused" in result.stderr

@@ -263,7 +263,7 @@ def test_adapters_are_loaded_listed_and_unloaded_under_both_routes_names(server:
 def test_adapters_are_loaded_pinned_and_unloaded_by_sglangs_routes(server: Server):
     name = {"lora_name": "second"}
     loaded = read(server, "/load_lora_adapter", {**name, "lora_path": "/adapters/second", "pinned": True})
-    assert loaded["success"] and loaded["loaded_adapters"]["second"] == "second"
+    assert loaded["success"] and loaded["loaded_adapters"]["second"] == "/adapters/second"
     assert next(each["pinned"] for each in read(server, "/adapters") if each["id"] == "second")
     gone = read(server, "/unload_lora_adapter", name)
     assert gone["success"] and "second" not in gone["loaded_adapters"]

@@ -25,7 +25,12 @@ MAX_ADAPTERS = 20  # rows
 
 Urls = Annotated[
     list[str] | None,
-    typer.Option("--url", metavar="URL", help="A router's HTTP address; repeat it to show the sum of several."),
+    typer.Option(
+        "--url",
+        metavar="URL",
+        envvar="LORAPLEX_URL",
+        help="A router's HTTP address; repeat it to show the sum of several.",
+    ),
 ]
 Interval = Annotated[float, typer.Option(min=0.1, help="Seconds between two samples, over which rates are computed.")]
 Once = Annotated[bool, typer.Option("--once", help="Print one frame and exit.")]

@@ -21,7 +21,8 @@ class Load(NamedLoad):
 class Result(BaseModel):
     success: bool
     error_message: str = ""
-    loaded_adapters: dict[str, str] = Field(description="Those in memory, by name.")
+    loaded_adapters: dict[str, str] = Field(description="Those in memory, by name; of the loaded one, with its path.")
+    warnings: list[str] = Field(default=[], description="What is doubtful about the loaded adapter.")
 
 
 ERRORS: Responses = document_errors(Result, {400: "A field is wrong.", 404: "No such adapter.", 409: "It is in use."})
@@ -33,10 +34,11 @@ unloading = APIRouter(tags=["Adapters"], route_class=JsonRoute)
 @loading.post("", responses=ERRORS)
 async def load_lora_adapter(body: Load, call: Call) -> Result:
     """Loads an adapter, as SGLang does. It is served under its own name, or with --adapter-registry under any."""
-    await load_named(body, call)
+    status = await load_named(body, call)
     if body.pinned:
         await call.service.adapters.pin(AdapterReference(body.lora_name), call.key)
-    return await _success(call)
+    loaded = {**await _loaded(call), body.lora_name: body.lora_path or body.lora_name}
+    return Result(success=True, loaded_adapters=loaded, warnings=list(status.warnings))
 
 
 @unloading.post("", responses=ERRORS)
@@ -44,14 +46,13 @@ async def unload_lora_adapter(body: NamedUnload, call: Call) -> Result:
     """Unloads an adapter once no sequence needs it, as SGLang does. A name in the registry, or of an upload, is
     removed."""
     await unload_named(body, call, wait=True)
-    return await _success(call)
+    return Result(success=True, loaded_adapters=await _loaded(call))
 
 
 def write_error(error: LoraplexError) -> dict[str, Any]:
     return {"success": False, "error_message": describe(error), "loaded_adapters": {}}
 
 
-async def _success(call: RouteCall) -> Result:
+async def _loaded(call: RouteCall) -> dict[str, str]:
     listed = (await call.service.adapters.list(call.key)).adapters
-    loaded = [each.id for each in listed if each.tier in (ADAPTER_TIER_HOST, ADAPTER_TIER_DEVICE)]
-    return Result(success=True, loaded_adapters=dict(zip(loaded, loaded, strict=True)))
+    return {each.id: each.id for each in listed if each.tier in (ADAPTER_TIER_HOST, ADAPTER_TIER_DEVICE)}
