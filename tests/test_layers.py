@@ -53,9 +53,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The shard's lowest floor.
     "loraplex_shard.device.memory": set(),
     "loraplex_shard.sampling.draws": {"loraplex_shard.device.copies"},
-    "loraplex_shard.sampling.stages": {"loraplex_protos", "loraplex_shard.device.copies"},
+    "loraplex_shard.sampling.few_rows": set(),
+    "loraplex_shard.sampling.stages": {
+        "loraplex_protos",
+        "loraplex_shard.device.copies",
+        "loraplex_shard.sampling.few_rows",
+    },
     "loraplex_shard.sampling.cuda": {"loraplex_shard.device.copies", "loraplex_shard.sampling.draws"},
-    "loraplex_shard.sampling.sampler": {f"loraplex_shard.sampling.{name}" for name in ("cuda", "draws", "stages")},
+    "loraplex_shard.sampling.sampler": {
+        f"loraplex_shard.sampling.{name}" for name in ("cuda", "draws", "few_rows", "stages")
+    },
     "loraplex_shard.shapes.layout": set(),
     "loraplex_shard.shapes.adapter": {
         "loraplex_shard.device.memory",

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from loraplex_protos.generation_pb2 import Sampling
-from loraplex_shard.sampling import sampler
+from loraplex_shard.sampling import few_rows
 from loraplex_shard.sampling.draws import uniforms
 from loraplex_shard.sampling.sampler import head, likeliest, logprobs, ranks, sample, totals, warped
 from loraplex_shard.sampling.stages import (
@@ -381,7 +381,7 @@ def test_logprobs_are_computed_from_the_raw_logits() -> None:
 
 
 def test_many_rows_are_reduced_a_few_at_a_time_and_each_as_if_it_were_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "IN_CACHE", 4 * VOCAB // torch.get_num_threads())
+    monkeypatch.setattr(few_rows, "IN_CACHE", 4 * VOCAB // torch.get_num_threads())
     logits = random_logits(11).round()  # with ties
     tokens = torch.arange(11) * 7
     seen = list[int]()

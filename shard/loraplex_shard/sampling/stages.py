@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loraplex_protos.generation_pb2 import Sampling
 from loraplex_shard.device import copies
+from loraplex_shard.sampling.few_rows import by_rows
 
 Column = NDArray[Any]  # [n, 1]
 
@@ -168,7 +169,7 @@ def _keep_mass(logits: Tensor, weights: Tensor, order: Tensor, masses: Column) -
     if size == order.shape[-1] or bool((cumulative[:, -1:] >= mass).all()):
         most = first.values.gather(-1, torch.searchsorted(cumulative, mass).clamp_(max=size - 1))
     else:
-        most = _order_of_mass(weights, order, mass)
+        most = by_rows(_order_of_mass, weights, order, mass)
     return logits.masked_fill(order > most, -torch.inf)
 
 
