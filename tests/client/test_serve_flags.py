@@ -93,6 +93,8 @@ def test_a_wrong_setting_is_named_by_its_flag(flags: list[str], message: str):
         (["--model", "org/name"], "there is no --model; here it is MODEL, without a flag"),
         (["org/name", "--tensor-parallel-size=2"], "there is no --tensor-parallel-size; here it is --tp"),
         (["org/name", "--resume", "memory"], "there is no --resume; here it is --store"),
+        (["--compile", "--eager-prefill=false"], "there is no --compile; here it is not needed: leave it out"),
+        (["--max-batch-total-tokens=4096"], "here it is --kv-blocks; a block has 16 tokens"),
         (["--preloaded-adapter-ids=a"], "here it is not supported: run `loraplex adapters load` after the start"),
         (["--rendezvous=tcp://a:1"], "there is no --rendezvous; it is a flag of `loraplex shard`"),
     ],

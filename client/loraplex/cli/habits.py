@@ -84,6 +84,41 @@ HABITS = {
     "--cors-allow-origin": "--cors-origins",
     "--allowed-origins": "--cors-origins",
     "--json-output": "--log-format json",
+    "--payload-limit": "--max-body-mib",
+    "--graceful-termination-timeout": "--drain-seconds",
+    "--max-batch-total-tokens": "--kv-blocks; a block has 16 tokens",
+    "--cache-type-k": "--kv-dtype",
+    "--cache-type-v": "--kv-dtype",
+    "--n-gpu-layers": "--device cuda",
+    "-ngl": "--device cuda",
+    "--prometheus-port": "not needed: GET /metrics is at --http-port",
+    "--source": "not supported: a model is a directory, a file or a hub id",
+    "--pipeline-parallel-size": "not supported: --tp divides the model over GPUs",
+    "--data-parallel-size": "not a flag: run `loraplex shard` for each replica, and `loraplex router`",
+    "--dp-size": "not a flag: run `loraplex shard` for each replica, and `loraplex router`",
+    "--rope-scaling": "not supported: change config.json in a copy of the model",
+    "--rope-factor": "not supported: change config.json in a copy of the model",
+    **dict.fromkeys(
+        ("--speculate", "--speculative-tokens", "--speculative-config", "--swap-space", "--cpu-offload-gb"),
+        "not supported: leave it out",
+    ),
+    **dict.fromkeys(
+        (
+            *("--prefix-caching", "--chunked-prefill", "--cont-batching", "-cb", "--flash-attn", "-fa", "--jinja"),
+            *("--metrics", "--enable-metrics", "--embedding", "--embeddings"),
+        ),
+        "always on: leave it out",
+    ),
+    **dict.fromkeys(
+        (
+            *("--compile", "--eager", "--eager-prefill", "--enforce-eager", "--disable-cuda-graph", "--cuda-graphs"),
+            *("--backend", "--attention-backend", "--disable-custom-kernels", "--disable-sgmv", "--embedding-dim"),
+            *("--validation-workers", "--waiting-served-ratio", "--max-waiting-tokens", "--adapter-cycle-time-s"),
+            *("--default-adapter-source", "--max-best-of", "--max-stop-sequences", "--max-top-n-tokens"),
+            *("--guided-decoding-backend", "--grammar-backend", "--enable-reasoning", "--block-size", "--page-size"),
+        ),
+        "not needed: leave it out",
+    ),
     **{f"--{former}": f"--{name}" for former, name in FORMER.items()},
 }
 
