@@ -50,7 +50,7 @@ async def test_answers_and_refusals_say_what_is_left_of_a_keys_rates() -> None:
     for key in ("free", "wrong"):
         assert not any(name.startswith("x-ratelimit") for name in (await ask(key)).headers)
     (used,) = json.loads("".join((await ask("limited", "/usage", None)).bodies))["usage"]
-    assert (used["tenant"], used["adapter"], used["requests"]) == ("limited", "base", 4)
+    assert (used["tenant"], used["adapter"], used["requests"]) == ("limited", "[base]", 4)
     total = first["usage"]["total_tokens"] + second["usage"]["total_tokens"]
     assert used["prompt_tokens"] + used["generated_tokens"] == total
     engine.cancel()

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -25,6 +25,7 @@ from loraplex_router.vocabulary.violations import Violations
 
 N = TypeVar("N", AdapterReference, AdapterReference | str)
 
+PAGE = 1000
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -72,6 +73,14 @@ class Adapters:
             if number % AT_A_TIME == 0:
                 await asyncio.sleep(0)  # let other tasks run
         return page
+
+    async def pages(self, key: str | None = None, after: str = "") -> AsyncIterator[AdapterPage]:
+        """All that `list` has, some at a time: many thousands at once would take noticeable time to be given back."""
+        more = True
+        while more:
+            page = await self.list(key, after, PAGE)
+            yield page
+            more, after = page.more, page.adapters[-1].id if page.more else ""
 
     async def lists(self, id: str, key: str | None = None) -> bool:
         """Whether `list` has this id for the caller."""

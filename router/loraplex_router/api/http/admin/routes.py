@@ -1,6 +1,7 @@
 """Adapter administration over HTTP, as over gRPC: adapters are listed, loaded, unloaded and pinned."""
 
-from typing import Annotated
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -10,11 +11,11 @@ from loraplex_router.api.http.admin import schema
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.errors import LORAX_ERRORS, Error, Responses, only
 from loraplex_router.api.http.json_body import JsonRoute
-from loraplex_router.api.http.json_list import write_list
+from loraplex_router.api.http.json_list import in_batches, write_list, write_parts
 from loraplex_router.api.http.json_message import write_message
 from loraplex_router.api.http.multipart import split_files
 from loraplex_router.api.uploads import receive
-from loraplex_router.replicas.listing import AT_A_TIME
+from loraplex_router.replicas.listing import AT_A_TIME, AdapterPage
 from loraplex_router.replicas.uploads import Announcement
 
 ERRORS: Responses = {status: error for status, error in LORAX_ERRORS.items() if status not in (429, 499)}
@@ -23,6 +24,7 @@ IN_USE: Responses = {409: {"model": Error, "description": "Sequences still need 
 NO_PINS: Responses = {409: {"model": Error, "description": "No more adapters can be pinned."}}
 
 CONFLICT: Responses = {409: {"model": Error, "description": "The name is not as expected."}}
+JSON = "application/json"
 BINARY = {"type": "string", "format": "binary"}
 FILES = {
     "requestBody": {
@@ -61,8 +63,20 @@ async def list_adapters(call: Call, limit: Limit = 0, after: After = "") -> Resp
     page that has fewer is the last one."""
     if after and not await call.service.adapters.lists(after, call.key):
         raise InvalidRequestError(FieldViolation("after", f"must be a listed id, which {quote(after)} is not"))
-    page = await call.service.adapters.list(call.key, after, limit)
-    return StreamingResponse(write_list(map(write_message, page.adapters), AT_A_TIME), media_type="application/json")
+    if limit:
+        page = await call.service.adapters.list(call.key, after, limit)
+        return StreamingResponse(write_list(map(write_message, page.adapters), AT_A_TIME), media_type=JSON)
+    pages = call.service.adapters.pages(call.key, after)
+    first = await anext(pages)  # what is refused is refused here
+
+    async def parts() -> AsyncIterator[list[Any]]:
+        page: AdapterPage | None = first
+        while page is not None:
+            async for part in in_batches(map(write_message, page.adapters), AT_A_TIME):
+                yield part
+            page = await anext(pages, None)
+
+    return StreamingResponse(write_parts(parts()), media_type=JSON)
 
 
 @router.post("/load", responses=ANSWERS)
