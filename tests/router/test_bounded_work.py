@@ -21,9 +21,11 @@ from loraplex_router.api import message_limits
 from loraplex_router.api.http import json_body
 from loraplex_router.api.http.face import build_routes
 from loraplex_router.api.http.openai.logprobs import TokenNames, chat_logprobs
+from loraplex_router.api.http.openai.responses import routes
 from loraplex_router.api.message_limits import MessageLimits
 from loraplex_router.engine import fairness
 from loraplex_router.engine.delta import Delta
+from loraplex_router.service.response_store import ResponseStore
 from loraplex_router.text.json_limits import LONG
 from loraplex_router.text.model import read_model
 from loraplex_router.usage.event import Used
@@ -130,6 +132,23 @@ async def test_a_large_request_makes_few_calls_on_the_event_loop(path: str, body
     engine.cancel()
     with suppress(asyncio.CancelledError):
         await engine
+
+
+async def test_a_long_conversation_that_was_kept_is_continued_on_a_thread(monkeypatch: pytest.MonkeyPatch):
+    setup, threads, read = Setup(), list[threading.Thread](), routes.read_as_chat
+    monkeypatch.setattr(routes, "read_as_chat", lambda *of: threads.append(threading.current_thread()) or read(*of))
+    setup.service.responses, tenant = ResponseStore(10**7), setup.service.keys.tenant(None).name
+    parts = [{"type": "input_text", "text": "A"}]
+    for number, count in enumerate((1, MANY)):
+        earlier = {
+            "response": {"output": [], "previous_response_id": None},
+            "input": [{"content": parts * count, "role": "user"}],
+        }
+        setup.service.responses.put(tenant, f"resp_{number}", json.dumps(earlier).encode())
+        client = Client(setup, "/v1/responses", {"input": "A", "previous_response_id": f"resp_{number}"})
+        await client.run()
+        assert client.status == 400 and "chat template" in client.bodies[0]
+    assert threads[0] is threading.main_thread() and threads[1] is not threads[0]
 
 
 async def test_usage_of_many_adapters_is_added_up_and_written_on_threads():

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, quote
 from loraplex_router.api.http.openai.chat import read_chat
@@ -48,16 +48,20 @@ UNSUPPORTED = {
 }
 
 Row = dict[str, Any]
+ITEMS = TypeAdapter(list[Item])
 
 
-def count_parts(items: str | Sequence[Item]) -> int:
+def count_parts(body: ResponsesBody, kept: Sequence[Row]) -> int:
     """How many items there are to read, and parts of them."""
-    fields = [field for item in items for field in (item.content, item.output)] if not isinstance(items, str) else []
-    return len(fields) // 2 + sum(len(field) for field in fields if isinstance(field, list))
+    items = [] if isinstance(body.input, str) else body.input
+    fields = [field for item in items for field in (item.content, item.output)]
+    fields += [item.get(name) for item in kept for name in ("content", "output")]
+    return len(items) + len(kept) + sum(len(field) for field in fields if isinstance(field, list))
 
 
-def read_as_chat(body: ResponsesBody, earlier: Sequence[Item]) -> ChatCompletionRequest:
-    """`earlier`: what the input continues. Raises InvalidRequestError and RequestValidationError."""
+def read_as_chat(body: ResponsesBody, kept: Sequence[Row]) -> ChatCompletionRequest:
+    """`kept`: the items that the input continues. Raises InvalidRequestError and RequestValidationError."""
+    earlier = ITEMS.validate_python(kept)
     others = {name: value for name, value in (body.model_extra or {}).items() if value not in (None, False)}
     found = Violations()
     for name, description in UNSUPPORTED.items():

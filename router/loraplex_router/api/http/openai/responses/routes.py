@@ -63,8 +63,8 @@ async def responses(body: ResponsesBody, call: Call) -> Response:
     """Answers a conversation, with the model's own chat template."""
     service, stored = call.service, _stored(call)
     body = stored.with_items(body)
-    earlier = stored.continued(body.previous_response_id)
-    chat = await in_turn(count_parts(body.input) + count_parts(earlier), lambda: read_as_chat(body, earlier))
+    kept = stored.continued(body.previous_response_id)
+    chat = await in_turn(count_parts(body, kept), lambda: read_as_chat(body, kept))
     keeps = service.responses.keeps
     request = read_request(body, chat, service.model_names, service.sampling_defaults, call.request_id, keeps)
     stream = call.stream(body.stream)

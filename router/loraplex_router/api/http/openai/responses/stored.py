@@ -71,10 +71,10 @@ class StoredResponses:
         kept = self._read(id)[0]
         return [*self._conversation(kept["response"]["previous_response_id"]), *kept["input"]]
 
-    def continued(self, previous: str | None) -> list[Item]:
+    def continued(self, previous: str | None) -> list[Row]:
         """The conversation up to and with a response. Raises InvalidRequestError if it is not known."""
         try:
-            return [Item.model_validate(item) for item in self._conversation(previous)]
+            return self._conversation(previous)
         except ResponseNotFoundError as error:
             raise InvalidRequestError(FieldViolation("previous_response_id", error.message)) from error
 
