@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import threading
+from collections import Counter
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from types import FrameType, SimpleNamespace
@@ -30,6 +31,7 @@ from loraplex_router.text.json_limits import LONG
 from loraplex_router.text.model import read_model
 from loraplex_router.usage.event import Used
 from loraplex_router.usage.ledger import MemoryLedger, today
+from loraplex_router.vocabulary.request import EmbedRequest
 from loraplex_router.vocabulary.sampling import Sampling
 from loraplex_router.vocabulary.sequence import WORD_SIZE, Sample
 from tests.router.test_engine import Setup
@@ -149,6 +151,26 @@ async def test_a_long_conversation_that_was_kept_is_continued_on_a_thread(monkey
         await client.run()
         assert client.status == 400 and "chat template" in client.bodies[0]
     assert threads[0] is threading.main_thread() and threads[1] is not threads[0]
+
+
+async def test_many_inputs_end_a_few_at_a_time_however_often_their_caller_is_cancelled(monkeypatch: pytest.MonkeyPatch):
+    setup, turns, others = Setup(max_queue=1000), list[int](), 0
+    requests = setup.service.requests
+    close = requests.close
+    monkeypatch.setattr(requests, "close", lambda generation: turns.append(others) or close(generation))
+    embedding = asyncio.create_task(setup.service.pooling.embed(EmbedRequest(("A",) * 200)))
+    async with asyncio.timeout(60):
+        while requests.num_running < 200:
+            await asyncio.sleep(0)
+        for _ in range(3):
+            embedding.cancel()
+            await asyncio.sleep(0)
+        while not requests.idle:
+            others += 1
+            await asyncio.sleep(0)
+    assert len(turns) == 200 and max(Counter(turns).values()) < 100
+    with pytest.raises(asyncio.CancelledError):
+        await embedding
 
 
 async def test_usage_of_many_adapters_is_added_up_and_written_on_threads():
