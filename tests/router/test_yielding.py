@@ -1,4 +1,5 @@
-"""A tenant with one huge sequence, which holds nearly all blocks, gives way to others, and still gets on."""
+"""A tenant whose one sequence holds nearly all blocks, or whose adapters hold all slots, gives way to others, and still
+gets on."""
 
 import pytest
 from hypothesis import given, settings
@@ -173,3 +174,32 @@ def test_when_blocks_run_out_the_tenant_that_received_most_is_preempted_although
     assert much.row is None and little.row is not None
     world.run()
     assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+@pytest.mark.parametrize("adapters", [4, 20])
+@pytest.mark.parametrize("always_another", [False, True])
+def test_a_tenant_that_uses_many_adapters_leaves_a_slot_to_another_ones_first_without_swapping_all(
+    slots: int, adapters: int, always_another: bool
+) -> None:
+    world = World(blocks=1000, rows=16, slots=slots, budget=64)
+    for number in range(2 * adapters):
+        world.submit(f"loud {number % adapters}", [number] * 6, 40, tenant="loud")
+    for _ in range(12):
+        world.step()
+    for turn in range(6):
+        newcomer = world.submit(f"quiet {turn * always_another}", [1, turn, 3], 4, tenant="quiet")
+        assert steps_to_first_token(world, newcomer) <= 4  # two plans in flight, its own, and its result
+        while not newcomer.finished:
+            world.step()
+    assert world.scheduler.num_yields <= 6 * 2  # the sequences of one adapter each time
+    world.run(20000)
+    assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
+
+
+def test_adapters_of_one_tenant_do_not_take_slots_from_each_other() -> None:
+    world = World(blocks=1000, rows=16, slots=2, budget=64)
+    for number in range(40):
+        world.submit(f"{number % 20}", [number] * 6, 20, tenant="loud")
+    world.run(20000)
+    assert world.scheduler.num_yields == 0

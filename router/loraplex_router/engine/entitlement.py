@@ -4,21 +4,27 @@ The adapters whose oldest sequence has waited longest are entitled, as many as h
 memory together; but an adapter on the device stays entitled for a bounded turn of further sequences while others wait
 for a slot. An adapter that is not entitled starts nothing, so it becomes idle and can be evicted: nobody starves, and
 adapters do not swap places for every sequence. Pinned adapters are always entitled; the rest share the remaining slots.
+Each tenant's first adapter comes before anyone's second, so a tenant that uses many leaves slots to others.
 """
 
+from collections import Counter
 from collections.abc import Collection
+from math import inf
 
+from loraplex_router.engine.fairness import Shares
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.queues import Queues
 from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.sequence import Payer
 
 TURN = 16  # sequences that an adapter may start on its slot while older sequences wait for a slot
 
 
 class Entitlement:
-    def __init__(self, adapters: AdapterPool, queues: Queues) -> None:
+    def __init__(self, adapters: AdapterPool, queues: Queues, shares: Shares) -> None:
         self._adapters = adapters
         self._queues = queues
+        self._shares = shares
         self._contended = False  # an adapter waits for a slot
 
     def claim(self, entitled: list[Adapter]) -> tuple[list[Adapter], list[Adapter]]:
@@ -42,6 +48,8 @@ class Entitlement:
         holders = [adapter for adapter in on_device if adapter.in_use and not adapter.waiting]
         others = [adapter for adapter in waiting + holders if not adapter.pinned]
         others.sort(key=self._claim_order)
+        if self._shares.several:
+            others.sort(key=self._count_before(others).__getitem__)
         if foreground is not None:
             others.sort(key=lambda adapter: adapter not in foreground)
         return [adapter for adapter in waiting if adapter.pinned] + self._adapters.fitting(others)
@@ -51,9 +59,20 @@ class Entitlement:
         if self._contended and adapter.turn:
             adapter.turn -= 1
 
-    def _claim_order(self, adapter: Adapter) -> tuple[bool, float]:
+    def _claim_order(self, adapter: Adapter) -> tuple[bool, bool, float]:
         keeps_its_turn = adapter.slot is not None and adapter.turn > 0
-        return not keeps_its_turn, self._queues.oldest(adapter)
+        return not keeps_its_turn, keeps_its_turn and not adapter.running, self._queues.oldest(adapter)
+
+    def _count_before(self, adapters: list[Adapter]) -> dict[Adapter, float]:
+        """How many adapters its tenant uses, or waits for, that come before it, divided by the tenant's weight. Of
+        several tenants, the least."""
+        running, before = self._shares.by_adapter(), Counter[Payer]()
+        found = {}
+        for adapter in adapters:
+            payers = self._queues.payers(adapter) | running.get(adapter, set())
+            found[adapter] = min((before[payer] / self._shares.weight(payer) for payer in payers), default=inf)
+            before.update(payers)
+        return found
 
     def _watch_contention(self, contended: bool, on_device: list[Adapter]) -> None:
         if contended and not self._contended:

@@ -57,6 +57,22 @@ class Shares:
     def of(self, sequence: Sequence) -> Share:
         return self._all[sequence.payer]
 
+    @property
+    def several(self) -> bool:
+        """Whether several tenants have work."""
+        return len(self._active) > 1
+
+    def weight(self, payer: Payer) -> float:
+        return self._all[payer].weight
+
+    def by_adapter(self) -> dict[Adapter, set[Payer]]:
+        """Whose sequences run with each adapter."""
+        found: dict[Adapter, set[Payer]] = {}
+        for payer, share in self._active.items():
+            for adapter in share.running:
+                found.setdefault(adapter, set()).add(payer)
+        return found
+
     def waiting(self) -> dict[str, int]:
         """How many sequences of each tenant wait."""
         found = Counter[str]()

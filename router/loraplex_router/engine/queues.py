@@ -2,7 +2,7 @@
 
 from bisect import bisect
 from collections import deque
-from collections.abc import Collection, KeysView
+from collections.abc import Collection, KeysView, Set
 from math import inf
 
 from loraplex_router.vocabulary.adapter import Adapter
@@ -25,6 +25,10 @@ class Queues:
     def of(self, adapter: Adapter) -> Collection[deque[Sequence]]:
         """The adapter's queues, none of them empty."""
         return self._queues.get(adapter, {}).values()
+
+    def payers(self, adapter: Adapter) -> Set[Payer]:
+        """Whose sequences wait for the adapter."""
+        return self._queues.get(adapter, {}).keys()
 
     def of_payer(self, adapter: Adapter, payer: Payer) -> Collection[Sequence]:
         return self._queues.get(adapter, {}).get(payer, ())

@@ -14,6 +14,8 @@ kv_shares.py says which tenants hold more blocks than they may while others want
 An activated adapter acts from a position in the prompt on. Chunks are cut there: those before are the base model's, as
 are the blocks before, which all of its adapters then share.
 
+A tenant of which nothing runs does not wait for a slot until sequences of others end, if it is entitled to one.
+
 Background sequences are computed while there is nothing else to compute, in shorter steps, since a newcomer may have to
 wait for one. In the meantime they wait with their rows and blocks, but give up rows, blocks and slots that others need.
 
@@ -21,7 +23,7 @@ Suspects (see suspects.py) are computed in plans of their own, which alternate w
 """
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
@@ -70,8 +72,8 @@ class Scheduler:
         self._adapters = adapters
         self._prefixes = Prefixes(blocks, limits.block_size, limits.shares_prefixes, limits.reuses_prefixes)
         self._queues = Queues()
-        self._entitlement = Entitlement(adapters, self._queues)
         self._shares = Shares()
+        self._entitlement = Entitlement(adapters, self._queues, self._shares)
         self._kv_shares = KvShares(blocks.num_blocks)
         self._running: list[Sequence] = []  # oldest first
         self._num_background = 0  # sequences, running or waiting
@@ -179,7 +181,25 @@ class Scheduler:
                 for sequence in [s for s in on_device if s.adapter not in entitled]:
                     self._preempt(sequence)
                 evicted += self._adapters.evict(urgent, keep=entitled)
+        if self._shares.several and self._takes_slot(lacking, entitled):
+            evicted += self._adapters.evict(lacking, keep=entitled)
         return evicted
+
+    def _takes_slot(self, lacking: list[Adapter], entitled: list[Adapter]) -> bool:
+        """If a tenant of which nothing runs lacks a slot, an adapter that is not entitled to its slot any more leaves
+        it without waiting until its sequences end."""
+        heads = (queue[0] for adapter in lacking for queue in self._queues.of(adapter))
+        newcomer = next((head for head in heads if not (head.background or self._shares.of(head).total)), None)
+        leaving = [a for a in self._adapters.on_device() if a.in_use and not a.pinned and a not in entitled]
+        if newcomer is None or not leaving or not self._adapters.lacks([newcomer.adapter]):
+            return False
+        if all(adapter.running for adapter in leaving):  # else one leaves as soon as the plans in flight are complete
+            sequences = [sequence for sequence in self._running if sequence.adapter in leaving]
+            most = max(sequences, key=lambda s: (len(self._shares.of(s).running), s.number))
+            for sequence in [s for s in sequences if s.adapter is most.adapter]:
+                self.num_yields += 1
+                self._preempt(sequence, newcomer)
+        return True
 
     def _in_foreground(self) -> set[Adapter]:
         """The adapters with sequences that are not background ones."""
@@ -228,7 +248,7 @@ class Scheduler:
                 head is None
                 or (head.background and foreground)
                 or self._makes_way(head, firsts)
-                or not self._find_room(head)
+                or not self._find_room(head, chunks)
             ):
                 head, may_start = None, False  # others must not overtake it, or it might wait forever
             if head and not (prefills and self._shares.of(prefills[-1][0]).order <= self._shares.of(head).order):
@@ -353,12 +373,12 @@ class Scheduler:
         hit = self._prefixes.find(head)
         return self._kv_shares.exceeded_by(head, hit, self._count_blocks(len(head.tokens)) - len(hit))
 
-    def _has_room(self, head: Sequence) -> bool:
-        return bool(self._free_rows) and self._lacking(head) <= 0
+    def _has_room(self, head: Sequence, planned: Collection[Sequence] = ()) -> bool:
+        return bool(self._free_rows) and self._lacking(head, planned) <= 0
 
-    def _find_room(self, head: Sequence) -> bool:
+    def _find_room(self, head: Sequence, planned: Collection[Sequence] = ()) -> bool:
         """Background sequences give up their places, as far as another one needs them."""
-        while not self._has_room(head):
+        while not self._has_room(head, planned):
             youngest = next((s for s in reversed(self._running) if s.background), None)
             if head.background or youngest is None:
                 return False
@@ -408,17 +428,18 @@ class Scheduler:
         """The adapters that may start a sequence now."""
         return [adapter for adapter in (self._adapters.base, *self._entitled()) if adapter.ready and adapter.waiting]
 
-    def _lacking(self, sequence: Sequence) -> int:
-        """How many blocks more it needs to start than there are, without those for the rest of prompts that run."""
+    def _lacking(self, sequence: Sequence, planned: Collection[Sequence] = ()) -> int:
+        """How many blocks more it needs to start than running ones leave. `planned`: those with a chunk in the current
+        plan."""
         hit = self._prefixes.find(sequence)
         needed = self._count_blocks(len(sequence.tokens)) - len(hit) + self._blocks.count_idle(hit)
-        prefills = (running for running in self._running if running.computed + 1 < len(running.tokens))
-        claimed = sum(self._claim(running) - len(running.blocks) for running in prefills)
+        claimed = sum(self._claim(running, running in planned) - len(running.blocks) for running in self._running)
         return needed + claimed - self._blocks.available
 
-    def _claim(self, running: Sequence) -> int:
-        """How many blocks the sequence has or needs for what is known of it."""
-        return max(len(running.blocks), self._count_blocks(len(running.tokens)))
+    def _claim(self, running: Sequence, planned: bool = False) -> int:
+        """How many blocks the sequence has or needs: for its prompt, and if it is not planned yet, its next chunk."""
+        stop = len(running.tokens) if planned else running.computed + running.remaining
+        return max(len(running.blocks), self._count_blocks(stop))
 
     def _start(self, sequence: Sequence) -> None:
         self._queues.remove(sequence)
