@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +16,10 @@ from loraplex_router.batches import batches, bucket_job, layout, lease, objects
 from loraplex_router.batches.bucket import BatchBucket
 from loraplex_router.batches.lease import Lease
 from loraplex_router.batches.objects import ConflictError, Objects
+from loraplex_router.batches.opening import open_batches
 from loraplex_router.batches.reading import Line
 from loraplex_router.batches.records import BatchRecord, Status
+from loraplex_router.settings import EdgeSettings
 from tests.router.test_batches import ENDPOINT, World, create, ended, line, rows, text
 from tests.stand_in_stores import StandInAzure, StandInGCS, StandInS3, StandInStore
 
@@ -42,6 +45,13 @@ def bucket() -> BatchBucket:
     return BatchBucket(URL, 1 << 20)
 
 
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Objects:
+    """The same objects, for the time during which the store hangs."""
+    with monkeypatch.context() as context:
+        context.setattr(objects, "TIMEOUT", 0.3)
+        return Objects(URL)
+
+
 def written(store: BatchBucket, lines: int) -> BatchRecord:
     """A batch of a tenant without a name."""
     file = store.add_file("", "in.jsonl", "batch", io.BytesIO(text(*map(line, range(lines)))))
@@ -52,6 +62,11 @@ def running(store: BatchBucket, id: str) -> bucket_job.BucketJob:
     job = store.job("", id)
     assert job is not None and job.begin(10_000)
     return job
+
+
+def bucket_of(world: World) -> BatchBucket:
+    assert isinstance(world.batches, BatchBucket)
+    return world.batches
 
 
 def answer(job: bucket_job.BucketJob, *numbers: int, status: int = 200) -> None:
@@ -227,19 +242,21 @@ def test_a_lease_that_is_renewed_stays_and_ends_when_the_store_hangs(
 ) -> None:
     clock = Clock(monkeypatch)
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.01)
-    monkeypatch.setattr(objects, "TIMEOUT", 0.2)
-    one = Lease(Objects(URL), "lease")
+    place = Objects(URL)
+    one = Lease(place, "lease")
     assert one.take()
     until = one._held_until
     clock.now += lease.HELD_SECONDS / 2
     while one._held_until == until:
-        pass
+        time.sleep(0.01)
     s3.hang()
+    one._objects = impatient(monkeypatch)
     clock.now += 2 * lease.HELD_SECONDS
     assert one._renewing
     one._renewing.join(60)
     assert not one.held and not one._renewing.is_alive()
     s3.release()
+    one._objects = place
     assert one.take()  # nobody else has taken it
     one.release()
 
@@ -261,7 +278,6 @@ def test_a_store_that_ignores_conditions_runs_no_batches(s3: StandInS3, monkeypa
 async def test_a_store_that_hangs_or_refuses_is_unavailable_and_batches_go_on_later(
     s3: StandInS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objects, "TIMEOUT", 0.3)
     monkeypatch.setattr("loraplex_router.batches.runner.LONGEST_WAIT", 0.1)
     world = World(URL)
     client = world.client()
@@ -272,7 +288,9 @@ async def test_a_store_that_hangs_or_refuses_is_unavailable_and_batches_go_on_la
         async with asyncio.timeout(60):
             while (await client.batches.retrieve(batch.id)).status != "in_progress":
                 await asyncio.sleep(0.05)
+        place = bucket_of(world).objects
         s3.hang()
+        bucket_of(world).objects = impatient(monkeypatch)
         for call in (
             client.batches.list(),
             client.batches.retrieve(batch.id),
@@ -286,6 +304,7 @@ async def test_a_store_that_hangs_or_refuses_is_unavailable_and_batches_go_on_la
         world.setup.shards.loads_held.set()
         assert (await client.completions.create(model="base", prompt="A", max_tokens=2)).choices  # others do not wait
         s3.release()
+        bucket_of(world).objects = place
         s3.failure = 500
         with pytest.raises(openai.InternalServerError, match="answers 500"):
             await client.files.create(file=("in.jsonl", io.BytesIO(text(line(1)))), purpose="batch")
@@ -356,3 +375,15 @@ async def test_a_large_file_is_read_in_pieces_and_a_piece_that_breaks_off_again(
     assert world.batches.delete_file("", file.id) is None
     with pytest.raises(openai.NotFoundError):
         await client.files.content(file.id)
+
+
+@pytest.mark.parametrize("where", ["s3://", "s3://B", "http://bucket", "s3://bucket//a", "gs://bucket/../a", "s3:// b"])
+def test_what_names_no_bucket_is_refused(where: str) -> None:
+    with pytest.raises(ValueError, match="must be a folder, or a bucket: s3://BUCKET/PREFIX"):
+        EdgeSettings(batches=where)
+
+
+def test_a_bucket_that_cannot_be_opened_is_named_with_its_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", "{}")
+    with pytest.raises(OSError, match=r"^--batches: gs://bucket: "):
+        open_batches(EdgeSettings(batches="gs://bucket").batches, 1)

@@ -36,8 +36,8 @@ R = TypeVar("R")
 
 
 class Batches(ABC):
-    """Blocks while it reads and writes: use `call`. If its place fails, it raises UnavailableError, or OSError where
-    only the runner calls it.
+    """Blocks while it reads and writes: use `ask` or `work`. If its place fails, it raises UnavailableError, or OSError
+    where only the runner calls it.
 
     A batch's record is written when it is created, and from then on only by the router that runs it.
     """
@@ -48,11 +48,16 @@ class Batches(ABC):
     def __init__(self, most_bytes: int) -> None:
         """`most_bytes`: of all files together."""
         self._most_bytes = most_bytes
-        self._threads = ThreadPoolExecutor(THREADS, "batches")  # of its own: others do not wait for a place that hangs
+        # Of its own: nothing else waits for a place that hangs, and requests do not wait for batches that begin.
+        self._asking, self._working = (ThreadPoolExecutor(THREADS, name) for name in ("batches", "batch runner"))
 
-    async def call(self, function: Callable[..., R], *arguments: object) -> R:
-        """Calls it in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments))
+    async def ask(self, function: Callable[..., R], *arguments: object) -> R:
+        """Calls it in a thread, for a request."""
+        return await asyncio.get_running_loop().run_in_executor(self._asking, partial(function, *arguments))
+
+    async def work(self, function: Callable[..., R], *arguments: object) -> R:
+        """Calls it in a thread, for the runner."""
+        return await asyncio.get_running_loop().run_in_executor(self._working, partial(function, *arguments))
 
     # ---- what routes ask -------------------------------------------------------------------------------------
 

@@ -44,8 +44,8 @@ class BatchRunner:
         try:
             while True:
                 try:
-                    if await self._batches.call(self._batches.lock):
-                        for tenant, id in await self._batches.call(self._batches.unfinished):
+                    if await self._batches.work(self._batches.lock):
+                        for tenant, id in await self._batches.work(self._batches.unfinished):
                             if id not in self._running:
                                 self._start(tenant, id)
                 except (OSError, UnavailableError) as error:
@@ -57,13 +57,13 @@ class BatchRunner:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self._batches.call(self._batches.unlock)
+            await self._batches.work(self._batches.unlock)
 
     async def _clean(self) -> None:
         while True:
             if self._batches.locked:
                 try:
-                    await self._batches.call(self._batches.delete_expired)
+                    await self._batches.work(self._batches.delete_expired)
                 except (OSError, UnavailableError) as error:
                     logger.error("expired batches cannot be deleted: %s", error)
                 await asyncio.sleep(self._batches.clean_seconds)
@@ -75,20 +75,20 @@ class BatchRunner:
 
     async def _run(self, tenant: str, id: str) -> None:
         """Runs a batch to its end. If that fails, as on a full disk, it is begun again later."""
-        call = self._batches.call
+        work = self._batches.work
         try:
-            job = await call(self._batches.job, tenant, id)
+            job = await work(self._batches.job, tenant, id)
             if job is None:
                 return
             record = job.record
             with closing(job):
                 if record.status is Status.CANCELLING and record.in_progress_at is None:
-                    return await call(job.end, Status.CANCELLED)
-                if not await call(job.begin, self._longest):
+                    return await work(job.end, Status.CANCELLED)
+                if not await work(job.begin, self._longest):
                     return
                 logger.info("batch %s: %d of %d lines remain", id, _open(record), record.request_counts.total)
                 if status := await self._run_lines(job):
-                    await call(job.finish, status)
+                    await work(job.finish, status)
                 logger.info("batch %s: %s", id, status or "another router may run it now")
         except UnavailableError as error:
             logger.warning("batch %s stopped; it is tried again in %g s: %s", id, LONGEST_WAIT, error)
@@ -100,20 +100,20 @@ class BatchRunner:
     async def _run_lines(self, job: Job) -> Status | None:
         """How the batch ends. None: another router may run it now."""
         lines = asyncio.create_task(self._send_all(job))
-        record, call = job.record, self._batches.call
+        record, work = job.record, self._batches.work
         try:
             while not lines.done():
                 await asyncio.wait([lines], timeout=self._batches.look_seconds)
                 if not self._batches.locked:
                     return None
                 try:
-                    if await call(self._batches.cancelled, job.tenant, record.id):
-                        record.cancelling_at = record.cancelling_at or await call(self._batches.now)
+                    if await work(self._batches.cancelled, job.tenant, record.id):
+                        record.cancelling_at = record.cancelling_at or await work(self._batches.now)
                         return Status.CANCELLED
-                    if await call(self._batches.now) > record.expires_at:
+                    if await work(self._batches.now) > record.expires_at:
                         return Status.EXPIRED
                     if job.unsaved:
-                        await call(job.save)
+                        await work(job.save)
                 except UnavailableError as error:
                     logger.warning("batch %s goes on, but is not written down: %s", record.id, error)
             await lines
@@ -129,7 +129,7 @@ class BatchRunner:
             while True:
                 await lines.acquire()
                 try:
-                    line = await self._batches.call(_next, remaining)
+                    line = await self._batches.work(_next, remaining)
                 except BaseException:
                     lines.release()
                     raise
@@ -153,7 +153,7 @@ class BatchRunner:
                 wait = min(2 * wait, LONGEST_WAIT)
         while True:
             try:
-                return await self._batches.call(job.add, line, status, headers.get("X-Request-Id", ""), body)
+                return await self._batches.work(job.add, line, status, headers.get("X-Request-Id", ""), body)
             except UnavailableError:
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, LONGEST_WAIT)

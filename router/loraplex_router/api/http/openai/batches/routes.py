@@ -78,7 +78,7 @@ async def upload_file(request: Request, call: Call) -> FileRecord:
             if others := set(form) - {"file", "purpose"}:
                 raise InvalidRequestError(FieldViolation(min(others), "is not supported: leave it out"))
             name = (file.filename or "batch.jsonl")[:255]
-            return await _within(SECONDS, batches.call(batches.add_file, tenant, name, purpose, file.file))
+            return await _within(SECONDS, batches.ask(batches.add_file, tenant, name, purpose, file.file))
         finally:
             await form.close()
 
@@ -107,7 +107,7 @@ async def file_content(file_id: str, call: Call) -> Response:
     content = batches.content(tenant, file_id)
     if isinstance(content, Path):
         return FileResponse(content, media_type="application/octet-stream", filename=file.filename)
-    first = await _within(ANSWER_SECONDS, batches.call(next, content, b""))
+    first = await _within(ANSWER_SECONDS, batches.ask(next, content, b""))
     headers = {
         "content-length": str(file.bytes),
         "content-disposition": f"attachment; filename*=utf-8''{quote(file.filename, safe='')}",
@@ -169,7 +169,7 @@ def _batches(call: RouteCall) -> tuple[Batches, str]:
 
 async def _ask(call: RouteCall, question: Callable[[Batches, str], R]) -> R:
     batches, tenant = _batches(call)
-    return await _within(ANSWER_SECONDS, batches.call(question, batches, tenant))
+    return await _within(ANSWER_SECONDS, batches.ask(question, batches, tenant))
 
 
 async def _within(seconds: float, answer: Awaitable[R]) -> R:
@@ -185,7 +185,7 @@ async def _stream(batches: Batches, first: bytes, rest: Iterator[bytes]) -> Asyn
     piece = first
     while piece:
         yield piece
-        piece = await batches.call(next, rest, b"")
+        piece = await batches.ask(next, rest, b"")
 
 
 async def _read_form(request: Request) -> Any:
