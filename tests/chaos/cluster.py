@@ -27,6 +27,7 @@ LOG = Path(tempfile.gettempdir(), f"loraplex-chaos-{os.getpid()}.log")  # of all
 RANKS = 2
 LOCAL = ("red", "green", "blue")
 READY_SECONDS = 120
+HOST_GIB = 0.004  # some hundred adapters, so that the oldest ones have to leave
 FLAGS = "--move-seconds=120", "--drain-seconds=120", "--max-adapters-on-device=6", "--metrics-adapters=10"
 
 
@@ -136,7 +137,8 @@ class Cluster:
             "--adapters-s3=s3://bucket/fresh",
             f"--listen=127.0.0.1:{self.ports[number]}",
             f"--rendezvous=tcp://127.0.0.1:{self._rendezvous[replica]}",
-            *(f"--tp={RANKS}", f"--rank={rank}", "--dtype=float32", "--kv-blocks=512", "--threads=1"),
+            *(f"--tp={RANKS}", f"--rank={rank}", "--dtype=float32", "--kv-blocks=512"),
+            *("--threads=1", f"--adapter-host-gib={HOST_GIB}"),
         ]
 
     async def start(self, place: Place) -> None:

@@ -12,7 +12,7 @@ from loraplex.cli.generate import generate
 from loraplex.cli.info import info
 from loraplex.cli.output import print_whatever_the_encoding
 from loraplex.cli.top import top
-from loraplex_command import raise_at_interrupts
+from loraplex_command.interrupts import raise_at_interrupts
 
 
 def _show_version(asked: bool) -> None:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from loraplex.cli.logs import configure
-from loraplex_command import INTERRUPTED, end_at_interrupts, hold_interrupts_back
+from loraplex_command.interrupts import INTERRUPTED, end_at_interrupts, hold_interrupts_back
 from loraplex_protos.errors import LoraplexError
 
 if TYPE_CHECKING:
