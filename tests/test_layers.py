@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "loraplex_router.vocabulary",
     },
     "loraplex_router.engine.entitlement": {
+        "loraplex_router.engine.fairness",
         "loraplex_router.engine.pool",
         "loraplex_router.engine.queues",
         "loraplex_router.vocabulary",
