@@ -13,17 +13,17 @@ may write late, so several may run the same batch for a moment. Nothing of that 
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import orjson
 
 from loraplex_protos.errors import UnavailableError
 from loraplex_router.batches import layout
-from loraplex_router.batches.job import Job
-from loraplex_router.batches.objects import ConflictError
+from loraplex_router.batches.job import Job, Place
+from loraplex_router.batches.objects import ConflictError, Objects
 from loraplex_router.batches.reading import split_lines
 from loraplex_router.batches.records import BatchRecord, Status, new_file_id
 from loraplex_router.batches.tally import Tally
@@ -31,16 +31,31 @@ from loraplex_router.batches.tally import Tally
 if TYPE_CHECKING:
     from obstore import UpdateVersion
 
-    from loraplex_router.batches.bucket import BatchBucket
-
 MOST_ROWS, MOST_BYTES = 500, 4 << 20  # of a part, and so of what has to be computed again after a crash
 INPUT_PIECE = 256 << 10  # bytes of the input in memory: all batches read at the same time
 TRIES, PAUSE = 3, 1.0  # of replacing a record; seconds: Google Cloud Storage takes one version a second
 KINDS = "output", "error"
 
 
+class Bucket(Place, Protocol):
+    @property
+    def objects(self) -> Objects: ...
+
+    def read(self, tenant: str, id: str, **options: int) -> Iterator[bytes]:
+        """The pieces of a file. Raises BatchNotFoundError."""
+
+    def upload(self, tenant: str, id: str, content: Iterator[bytes]) -> None:
+        """Writes a file's content."""
+
+    def remove_files(self, tenant: str, ids: Sequence[str | None]) -> None:
+        """Deletes those that there are."""
+
+    def forget(self, id: str) -> None:
+        """Deletes what is kept of a batch only until it has ended."""
+
+
 class BucketJob(Job):
-    def __init__(self, bucket: "BatchBucket", tenant: str, record: BatchRecord, version: "UpdateVersion") -> None:
+    def __init__(self, bucket: Bucket, tenant: str, record: BatchRecord, version: "UpdateVersion") -> None:
         super().__init__(bucket, tenant, record)
         self._bucket = bucket
         self._version = version

@@ -2,20 +2,29 @@
 
 import os
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING
+from pathlib import Path
+from typing import IO, Protocol
 
 import orjson
 
 from loraplex_protos.errors import BatchNotFoundError
-from loraplex_router.batches.job import Job
+from loraplex_router.batches.job import Job, Place
 from loraplex_router.batches.records import BatchRecord, new_file_id
 
-if TYPE_CHECKING:
-    from loraplex_router.batches.folder import BatchFolder
+
+class Folder(Place, Protocol):
+    def content(self, tenant: str, id: str) -> Path:
+        """Where a file's content is, if it is there."""
+
+    def open_file(self, tenant: str, id: str) -> IO[bytes]:
+        """Opens a file's content, new or not, to append to it."""
+
+    def write_batch(self, tenant: str, record: BatchRecord) -> None:
+        """Replaces a batch's record."""
 
 
 class FolderJob(Job):
-    def __init__(self, folder: "BatchFolder", tenant: str, record: BatchRecord) -> None:
+    def __init__(self, folder: Folder, tenant: str, record: BatchRecord) -> None:
         super().__init__(folder, tenant, record)
         self._folder = folder
         self._files: tuple[IO[bytes], ...] = ()  # output and errors

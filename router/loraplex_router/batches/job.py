@@ -4,16 +4,13 @@ import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from loraplex_protos.errors import BatchNotFoundError
 from loraplex_router.batches.reading import Line, check_lines, read_line
-from loraplex_router.batches.records import BatchRecord, Counts, LineError, LineErrors, Status
+from loraplex_router.batches.records import BatchRecord, Counts, FileRecord, LineError, LineErrors, Status
 from loraplex_router.batches.tally import Row, Tally
 from loraplex_router.text.json_lines import dump_line
-
-if TYPE_CHECKING:
-    from loraplex_router.batches.batches import Batches
 
 ENDED_AT = {
     Status.COMPLETED: "completed_at",
@@ -28,14 +25,24 @@ EXPIRED = {
 GONE = LineError(code="input_file_not_found", message="The input file does not exist any more.")
 
 
+class Place(Protocol):
+    """What every job asks of the place where files and batches are kept."""
+
+    def now(self) -> int:
+        """A time.time by the clock of the place."""
+
+    def register_file(self, tenant: str, id: str, filename: str, purpose: str, size: int) -> FileRecord:
+        """Lists a file whose content is complete."""
+
+
 class Job(ABC):
     """Blocks while it reads and writes: call it in a thread. Where a batch is kept decides how answers are written
     down."""
 
-    def __init__(self, batches: "Batches", tenant: str, record: BatchRecord) -> None:
+    def __init__(self, place: Place, tenant: str, record: BatchRecord) -> None:
         self.tenant = tenant
         self.record = record
-        self._batches = batches
+        self._place = place
         self._tally = Tally()
         self._writing = threading.Lock()
         self._open = False  # whether answers are taken
@@ -53,7 +60,7 @@ class Job(ABC):
                 record.errors = LineErrors(data=wrong)
                 self.end(Status.FAILED)
                 return False
-            record.status, record.in_progress_at = Status.IN_PROGRESS, self._batches.now()
+            record.status, record.in_progress_at = Status.IN_PROGRESS, self._place.now()
             record.request_counts = Counts(total=total)
         self._resume()
         self._open = True
@@ -92,7 +99,7 @@ class Job(ABC):
         record = self.record
         with self._writing:
             self._open = False
-        record.status, record.finalizing_at = Status.FINALIZING, self._batches.now()
+        record.status, record.finalizing_at = Status.FINALIZING, self._place.now()
         if status is Status.EXPIRED:
             for line in self.remaining():
                 self._make_room()
@@ -103,7 +110,7 @@ class Job(ABC):
 
     def end(self, status: Status) -> None:
         """Ends the batch without further files."""
-        setattr(self.record, ENDED_AT[status], self._batches.now())
+        setattr(self.record, ENDED_AT[status], self._place.now())
         self.record.status = status
         self.save()
 
