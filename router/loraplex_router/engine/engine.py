@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from math import inf
-from typing import NamedTuple
 
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import (
@@ -27,6 +26,7 @@ from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.generation import Generation
 from loraplex_router.engine.observer import EngineObserver
 from loraplex_router.engine.output import SequenceOutput
+from loraplex_router.engine.pace import Pace
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Scheduler
 from loraplex_router.engine.suspects import Loss
@@ -48,24 +48,13 @@ from loraplex_router.wire.shards import EngineShards
 logger = logging.getLogger(__name__)
 
 DEPTH = 2  # plans in flight
-# The next plan leaves when this share of the running one's time is over, and at least this many seconds before its end.
-LEAVES_AT = 0.7
 QUIET_SECONDS = 0.25  # without other work, before background work begins
-LEAST_LEAD = 0.005
 
 FAILURES = {
     pb.FAILURE_REASON_NOT_FINITE: "the model's output for this sequence held NaN or Inf",
     pb.FAILURE_REASON_UNKNOWN_TOKEN: "the model has no embedding for one of the tokens",
 }
 TOO_COMPLEX = "became too complex to enforce: make it simpler or less ambiguous"
-
-
-class Applied(NamedTuple):
-    """A plan whose result was applied."""
-
-    tokens: int
-    seconds: float  # on the shard
-    received: float  # by time.monotonic
 
 
 class Engine:
@@ -85,7 +74,7 @@ class Engine:
         self._steps = 0
         self._in_flight: deque[Plan] = deque()
         self._result: asyncio.Task[pb.StepResponse] | None = None  # of the first plan in flight
-        self._last = Applied(0, 0.0, 0.0)
+        self._pace = Pace()
         self._quiet_since = 0.0  # by time.monotonic: the last result of a plan that was not a background one
         self._failed = False
 
@@ -184,6 +173,8 @@ class Engine:
                 self._observer.planned(time.perf_counter() - began)
                 while self._in_flight and (plan.alone or self._in_flight[-1].alone):
                     await self._apply_next()
+                if not self._in_flight:
+                    self._pace.begin(time.monotonic())
                 self._in_flight.append(plan)
                 await self._shards.send(request)
             if len(self._in_flight) == DEPTH or (self._in_flight and plan is None):
@@ -194,10 +185,8 @@ class Engine:
         raise self._transfers.lost
 
     async def _until_next_plan_is_due(self) -> None:
-        """While a plan runs that has as many tokens as the last one or more, it is taken to run as long."""
-        if self._in_flight and self._in_flight[0].tokens >= self._last.tokens:
-            seconds = min(LEAVES_AT * self._last.seconds, self._last.seconds - LEAST_LEAD)
-            seconds -= time.monotonic() - self._last.received
+        if self._in_flight:
+            seconds = self._pace.until_next(self._in_flight[0].tokens, time.monotonic())
             if seconds > 0:
                 self._transfers.begin()  # adapters need not wait until then to be loaded
                 await asyncio.wait([self._receiving()], timeout=seconds)
@@ -237,9 +226,10 @@ class Engine:
         finally:
             self._result = None
         plan = self._in_flight.popleft()
-        self._last = Applied(plan.tokens, response.duration_us / 1e6, time.monotonic())
+        now = time.monotonic()
+        self._pace.end(plan.tokens, response.duration_us / 1e6, now)
         if not plan.background:
-            self._quiet_since = self._last.received
+            self._quiet_since = now
         self._apply(plan, response)
 
     def _apply(self, plan: Plan, response: pb.StepResponse) -> None:

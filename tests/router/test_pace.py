@@ -1,0 +1,37 @@
+import pytest
+
+from loraplex_router.engine.pace import Pace
+
+
+@pytest.fixture
+def pace() -> Pace:
+    """Knows that 32 tokens take 60 ms and 256 take 300, and that the shards began a plan at 100."""
+    pace = Pace()
+    pace.end(32, 0.06, 50.0)
+    pace.end(256, 0.3, 60.0)
+    pace.begin(100.0)
+    return pace
+
+
+def test_the_next_plan_leaves_at_once_while_nothing_is_known(pace: Pace):
+    assert Pace().until_next(1, 100.0) <= 0
+    assert pace.until_next(1, 100.0) <= 0
+
+
+def test_the_next_plan_leaves_late_in_a_long_plan_and_milliseconds_before_the_end_of_a_short_one(pace: Pace):
+    assert pace.until_next(256, 100.0) == pytest.approx(0.27)
+    assert pace.until_next(256, 100.2) == pytest.approx(0.07)
+    pace.end(2, 0.009, 100.0)
+    assert pace.until_next(2, 100.0) == pytest.approx(0.004)
+
+
+def test_a_plan_is_expected_to_take_as_long_per_token_as_the_last_one_of_about_as_many(pace: Pace):
+    assert pace.until_next(40, 100.0) == pytest.approx(0.9 * 40 * 0.06 / 32)
+    assert pace.until_next(300, 100.0) == pytest.approx(0.9 * 300 * 0.3 / 256)
+
+
+def test_a_plan_begins_when_the_one_before_ends_or_when_it_is_sent_to_idle_shards(pace: Pace):
+    pace.end(32, 0.06, 110.0)
+    assert pace.until_next(32, 110.01) == pytest.approx(0.044)
+    pace.begin(200.0)
+    assert pace.until_next(32, 200.01) == pytest.approx(0.044)
