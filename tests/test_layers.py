@@ -28,21 +28,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_router.engine.blocks": set(),
     "loraplex_router.engine.pool": {"loraplex_router.vocabulary", "loraplex_protos.errors"},
     "loraplex_router.engine.scheduler": {
-        "loraplex_router.engine.blocks",
-        "loraplex_router.engine.entitlement",
-        "loraplex_router.engine.fairness",
-        "loraplex_router.engine.kv_shares",
-        "loraplex_router.engine.pool",
-        "loraplex_router.engine.prefixes",
-        "loraplex_router.engine.queues",
-        "loraplex_router.vocabulary",
-    },
-    "loraplex_router.engine.entitlement": {
-        "loraplex_router.engine.fairness",
-        "loraplex_router.engine.pool",
-        "loraplex_router.engine.queues",
-        "loraplex_router.vocabulary",
-    },
+        f"loraplex_router.engine.{name}"
+        for name in ("blocks", "fairness", "places", "pool", "prefixes", "queues", "slots", "turns")
+    }
+    | {"loraplex_router.vocabulary"},
+    "loraplex_router.engine.turns": {
+        f"loraplex_router.engine.{name}" for name in ("fairness", "places", "queues", "slots")
+    }
+    | {"loraplex_router.vocabulary"},
+    "loraplex_router.engine.slots": {
+        f"loraplex_router.engine.{name}" for name in ("entitlement", "fairness", "places", "pool", "queues")
+    }
+    | {"loraplex_router.vocabulary"},
+    "loraplex_router.engine.places": {f"loraplex_router.engine.{name}" for name in ("blocks", "kv_shares", "prefixes")}
+    | {"loraplex_router.vocabulary"},
+    "loraplex_router.engine.pace": set(),
+    "loraplex_router.engine.entitlement": {f"loraplex_router.engine.{name}" for name in ("fairness", "pool", "queues")}
+    | {"loraplex_router.vocabulary"},
     "loraplex_router.engine.prefixes": {"loraplex_router.engine.blocks", "loraplex_router.vocabulary"},
     "loraplex_router.engine.queues": {"loraplex_router.vocabulary"},
     "loraplex_router.engine.fairness": {"loraplex_router.vocabulary"},

@@ -27,8 +27,9 @@ LOG = Path(tempfile.gettempdir(), f"loraplex-chaos-{os.getpid()}.log")  # of all
 RANKS = 2
 LOCAL = ("red", "green", "blue")
 READY_SECONDS = 120
-HOST_GIB = 0.004  # some hundred adapters, so that the oldest ones have to leave
-FLAGS = "--move-seconds=120", "--drain-seconds=120", "--max-adapters-on-device=6", "--metrics-adapters=10"
+# There is host memory for some hundred adapters, so that the oldest ones have to leave.
+ADAPTERS = "--max-adapters-on-device=6", "--adapter-host-gib=0.01", "--metrics-adapters=10"
+FLAGS = "--move-seconds=120", "--drain-seconds=120", *ADAPTERS
 
 
 class Ranks(Process):
@@ -137,8 +138,7 @@ class Cluster:
             "--adapters-s3=s3://bucket/fresh",
             f"--listen=127.0.0.1:{self.ports[number]}",
             f"--rendezvous=tcp://127.0.0.1:{self._rendezvous[replica]}",
-            *(f"--tp={RANKS}", f"--rank={rank}", "--dtype=float32", "--kv-blocks=512"),
-            *("--threads=1", f"--adapter-host-gib={HOST_GIB}"),
+            *(f"--tp={RANKS}", f"--rank={rank}", "--dtype=float32", "--kv-blocks=512", "--threads=1"),
         ]
 
     async def start(self, place: Place) -> None:

@@ -116,7 +116,7 @@ def test_nothing_beyond_a_share_starts_while_others_wait_and_everything_ends(arr
     world = World(blocks=blocks, rows=6)
 
     def step() -> bool:
-        before, ran, head = held(world, "small"), running(world, "small"), world.scheduler._next_to_start()
+        before, ran, head = held(world, "small"), running(world, "small"), world.scheduler._turns.next()
         attempts = head.attempts if head else 0
         going = world.step()
         started = any(s not in ran for s in running(world, "small"))
@@ -134,4 +134,4 @@ def test_nothing_beyond_a_share_starts_while_others_wait_and_everything_ends(arr
         if not step():
             break
     assert all(s.finished and s.tokens == expected(s) for s in world.sequences)
-    assert world.blocks.used == 0 and not world.scheduler._kv_shares
+    assert world.blocks.used == 0 and not world.scheduler._places._shares

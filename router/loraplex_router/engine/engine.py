@@ -198,7 +198,7 @@ class Engine:
         return inf if self._in_flight else self._quiet_since + QUIET_SECONDS - time.monotonic()
 
     async def _until_something_is_to_be_done(self) -> None:
-        seconds = self._seconds_to_background() if self._scheduler.num_background else 0.0
+        seconds = self._seconds_to_background() if self._scheduler.background else 0.0
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds if seconds > 0 else None):
                 await self._wakeup.wait()

@@ -53,6 +53,7 @@ class Shares:
         self._all: dict[Payer, Share] = {}
         self._active: dict[Payer, Share] = {}  # those that have work
         self._last = 0.0  # the counter of the last one that had work
+        self._background = 0  # how many of the active ones are background shares
 
     def of(self, sequence: Sequence) -> Share:
         return self._all[sequence.payer]
@@ -61,6 +62,11 @@ class Shares:
     def several(self) -> bool:
         """Whether several tenants have work."""
         return len(self._active) > 1
+
+    @property
+    def background(self) -> bool:
+        """Whether background sequences run or wait."""
+        return self._background > 0
 
     def weight(self, payer: Payer) -> float:
         return self._all[payer].weight
@@ -88,6 +94,7 @@ class Shares:
             lowest = min((other.served for other in self._active.values()), default=self._last)
             share.served = max(share.served, lowest)
             self._active[payer] = share
+            self._background += payer.background
         share.weight = sequence.weight
         share.waiting += 1
 
@@ -186,6 +193,7 @@ class Shares:
         if not (share.waiting or share.total):
             self._last = max(self._last, share.served)
             del self._active[payer]
+            self._background -= payer.background
 
 
 def _much_more(places: int, weight: float, own: Share) -> bool:

@@ -22,21 +22,20 @@ wait for one. In the meantime they wait with their rows and blocks, but give up 
 Suspects (see suspects.py) are computed in plans of their own, which alternate with the other plans.
 """
 
-from bisect import insort
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
 from operator import attrgetter
-from typing import NamedTuple
 
 from loraplex_router.engine.blocks import BlockAllocator
-from loraplex_router.engine.entitlement import Entitlement
 from loraplex_router.engine.fairness import Shares
-from loraplex_router.engine.kv_shares import KvShares
+from loraplex_router.engine.places import Places
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.prefixes import Prefixes
 from loraplex_router.engine.queues import Queues
+from loraplex_router.engine.slots import SlotChanges, Slots
+from loraplex_router.engine.turns import Turns
 from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.sequence import Chunk, Payer, Plan, Sequence
 
@@ -57,11 +56,6 @@ class Limits:
     reuses_prefixes: bool = True  # else every sequence is computed from its first token on
 
 
-class SlotChanges(NamedTuple):
-    claimed: list[Adapter]  # they have a slot now, and are to be loaded
-    evicted: list[Adapter]  # they hold a slot until they are unloaded
-
-
 class Scheduler:
     """Owns the queues, the running sequences and their blocks. Called by the engine task alone."""
 
@@ -73,11 +67,9 @@ class Scheduler:
         self._prefixes = Prefixes(blocks, limits.block_size, limits.shares_prefixes, limits.reuses_prefixes)
         self._queues = Queues()
         self._shares = Shares()
-        self._entitlement = Entitlement(adapters, self._queues, self._shares)
-        self._kv_shares = KvShares(blocks.num_blocks)
-        self._running: list[Sequence] = []  # oldest first
-        self._num_background = 0  # sequences, running or waiting
-        self._free_rows = list(range(limits.max_sequences - 1, -1, -1))
+        self._places = Places(blocks, limits.block_size, limits.max_sequences, self._prefixes)
+        self._slots = Slots(adapters, self._queues, self._shares, self._places, self._preempt, self._give_way)
+        self._turns = Turns(self._queues, self._shares, self._places, self._slots)
         self._suspects: set[Sequence] = set()
         self._alone = True  # whether the last plan was a suspect's
         self.num_preemptions = 0  # for lack of blocks
@@ -88,13 +80,13 @@ class Scheduler:
         return self._limits.block_size
 
     @property
-    def num_background(self) -> int:
-        """Background sequences, running or waiting."""
-        return self._num_background
+    def background(self) -> bool:
+        """Whether background sequences run or wait."""
+        return self._shares.background
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._places.running)
 
     @property
     def num_waiting(self) -> int:
@@ -113,7 +105,6 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence into its adapter's queue, by age."""
         self._enqueue(sequence)
-        self._num_background += sequence.background
         self._adapters.touch(sequence.adapter)
         if sequence.suspect:
             self._suspects.add(sequence)
@@ -144,12 +135,11 @@ class Scheduler:
         if sequence.finished:
             return
         sequence.finished = True
-        self._num_background -= sequence.background
         if sequence.row is None:
             self._queues.remove(sequence)
             self._shares.stop_waiting(sequence)
         else:
-            self._stop_running(sequence)
+            self._leave(sequence)
 
     def fail(self, sequence: Sequence) -> None:
         """Ends a sequence whose computed content cannot be trusted."""
@@ -166,49 +156,7 @@ class Scheduler:
     def change_slots(self) -> SlotChanges:
         """The slots that change hands now. The caller loads the adapters that got one and then sets `ready`, or
         releases the slot; it unloads those that lost one, releases the slots, and then calls this again."""
-        entitled = self._entitled()
-        claimed, lacking = self._entitlement.claim(entitled)
-        return SlotChanges(claimed, self._evict_for(lacking, entitled) if lacking else [])
-
-    def _evict_for(self, lacking: list[Adapter], entitled: list[Adapter]) -> list[Adapter]:
-        """Background sequences give up slots that others need: now, or when the plans in flight are complete."""
-        evicted = self._adapters.evict(lacking, keep=entitled)
-        if self._num_background:
-            foreground = self._in_foreground()
-            urgent = [adapter for adapter in lacking if adapter in foreground]
-            if self._adapters.lacks(urgent):
-                on_device = [s for s in self._running if s.background and s.adapter.slot]
-                for sequence in [s for s in on_device if s.adapter not in entitled]:
-                    self._preempt(sequence)
-                evicted += self._adapters.evict(urgent, keep=entitled)
-        if self._shares.several and self._takes_slot(lacking, entitled):
-            evicted += self._adapters.evict(lacking, keep=entitled)
-        return evicted
-
-    def _takes_slot(self, lacking: list[Adapter], entitled: list[Adapter]) -> bool:
-        """If a tenant of which nothing runs lacks a slot, an adapter that is not entitled to its slot any more leaves
-        it without waiting until its sequences end."""
-        heads = (queue[0] for adapter in lacking for queue in self._queues.of(adapter))
-        newcomer = next((head for head in heads if not (head.background or self._shares.of(head).total)), None)
-        leaving = [a for a in self._adapters.on_device() if a.in_use and not a.pinned and a not in entitled]
-        if newcomer is None or not leaving or not self._adapters.lacks([newcomer.adapter]):
-            return False
-        if all(adapter.running for adapter in leaving):  # else one leaves as soon as the plans in flight are complete
-            sequences = [sequence for sequence in self._running if sequence.adapter in leaving]
-            most = max(sequences, key=lambda s: (len(self._shares.of(s).running), s.number))
-            for sequence in [s for s in sequences if s.adapter is most.adapter]:
-                self.num_yields += 1
-                self._preempt(sequence, newcomer)
-        return True
-
-    def _in_foreground(self) -> set[Adapter]:
-        """The adapters with sequences that are not background ones."""
-        return self._queues.in_foreground() | {
-            sequence.adapter for sequence in self._running if not sequence.background
-        }
-
-    def _entitled(self) -> list[Adapter]:
-        return self._entitlement.entitled(self._in_foreground() if self._num_background else None)
+        return self._slots.change()
 
     # ---- the next step ---------------------------------------------------------------------------------------
 
@@ -227,11 +175,15 @@ class Scheduler:
         starts: list[Sequence] = []
         firsts: dict[Payer, Sequence] = {}  # whose first token comes with the plan, one of each payer
         budget, started = self._limits.max_batch_tokens, 0
-        running = [sequence for sequence in self._running if not sequence.suspect] if self._suspects else self._running
-        foreground = not self._num_background or not background or self._has_foreground(may_start, passed)
+        running = (
+            [sequence for sequence in self._places.running if not sequence.suspect]
+            if self._suspects
+            else self._places.running
+        )
+        foreground = not self._shares.background or not background or self._has_foreground(may_start, passed)
         if not foreground:
             budget = max(self._limits.max_sequences, budget // BACKGROUND_STEP)
-        elif self._num_background:
+        elif self._shares.background:
             running = [sequence for sequence in running if not sequence.background]
         work = [(sequence, sequence.remaining) for sequence in running]
         decodes = [item for item in work if item[1] == 1]
@@ -243,7 +195,7 @@ class Scheduler:
                 budget -= self._extend(sequence, remaining, budget, chunks)
         prefills.sort(key=lambda item: self._shares.of(item[0]).order, reverse=True)
         while budget:
-            head = self._next_to_start(passed) if may_start and started < MAX_STARTED else None
+            head = self._turns.next(passed) if may_start and started < MAX_STARTED else None
             if (
                 head is None
                 or (head.background and foreground)
@@ -274,9 +226,9 @@ class Scheduler:
 
     def _has_foreground(self, may_start: bool, passed: Payer | None) -> bool:
         """Whether the next plan is not for background sequences."""
-        if any(not (sequence.background or sequence.suspect) for sequence in self._running):
+        if any(not (sequence.background or sequence.suspect) for sequence in self._places.running):
             return True
-        head = self._next_to_start(passed) if may_start else None
+        head = self._turns.next(passed) if may_start else None
         return head is not None and not head.background
 
     def _plan_alone(self) -> Plan | None:
@@ -287,7 +239,7 @@ class Scheduler:
         chunks: dict[Sequence, Chunk] = {}
         suspect = next((s for s in self._suspects if s.row is not None and s.remaining), None)
         starts = []
-        if suspect is None and (suspect := self._next_suspect()):
+        if suspect is None and (suspect := self._turns.next_suspect(self._suspects)):
             self._start(suspect)
             starts.append(suspect)
         if suspect is not None:
@@ -310,12 +262,8 @@ class Scheduler:
         if start < acts_from:  # a chunk is the base model's or the adapter's, never both's
             length, slot = min(length, acts_from - start), 0
         stop = start + length
-        while missing := self._count_blocks(stop) - len(sequence.blocks):
-            if (new_blocks := self._blocks.allocate(missing)) is not None:
-                sequence.blocks += new_blocks
-                self._kv_shares.hold(sequence, new_blocks)
-                break
-            others = (running for running in self._running if running not in chunks)
+        while not self._places.grow(sequence, stop):
+            others = (running for running in self._places.running if running not in chunks)
             preempted = max(others, key=self._preempted_first)
             self.num_preemptions += 1
             self._preempt(preempted, sequence)
@@ -336,7 +284,7 @@ class Scheduler:
     def _preempted_first(self, running: Sequence) -> tuple[bool, bool, float, int]:
         """The sort key: higher is preempted first, if blocks run out."""
         served = self._shares.of(running).served
-        return running.background, self._kv_shares.exceeded(running), served, running.number
+        return running.background, self._places.exceeds_share(running), served, running.number
 
     def _preempt(self, sequence: Sequence, taker: Sequence | None = None) -> None:
         """Takes a running sequence's row and blocks; it will be recomputed from its tokens, at the expense of the
@@ -344,42 +292,19 @@ class Scheduler:
         fills."""
         sequence.gave_way_to = taker.payer if taker else None
         self._enqueue(sequence)
-        self._stop_running(sequence)
+        self._leave(sequence)
         sequence.computed = 0
+
+    def _give_way(self, sequence: Sequence, newcomer: Sequence) -> None:
+        self.num_yields += 1
+        self._preempt(sequence, newcomer)
 
     # ---- starting --------------------------------------------------------------------------------------------
 
-    def _next_to_start(self, passed: Payer | None = None) -> Sequence | None:
-        """Whose turn it is. If somebody was passed over, only others of whom nothing runs are next, with new
-        sequences."""
-        if not self.num_waiting:
-            return None
-        queues = [queue for adapter in self._startable() for queue in self._queues.of(adapter)]
-        heads = [head for queue in queues if (head := next((s for s in queue if not s.suspect), None))]
-        heads = [head for head in heads if not head.in_flight]  # preempted, and its last sample not known yet
-        if passed:
-            heads = [h for h in heads if h.payer != passed and not (h.attempts or self._shares.of(h).total)]
-        return min(heads, key=self._turn, default=None)
-
-    def _turn(self, head: Sequence) -> tuple[bool, bool, float, float, int, int]:
-        """The sort key: lower goes first."""
-        share = self._shares.of(head)
-        return head.background, self._exceeds_share(head), *share.order, share.running[head.adapter], head.number
-
-    def _exceeds_share(self, head: Sequence) -> bool:
-        """Whether its tenant would hold more blocks than its share if it ran."""
-        if not self._kv_shares or head.kv_share >= 1:
-            return False
-        hit = self._prefixes.find(head)
-        return self._kv_shares.exceeded_by(head, hit, self._count_blocks(len(head.tokens)) - len(hit))
-
-    def _has_room(self, head: Sequence, planned: Collection[Sequence] = ()) -> bool:
-        return bool(self._free_rows) and self._lacking(head, planned) <= 0
-
     def _find_room(self, head: Sequence, planned: Collection[Sequence] = ()) -> bool:
         """Background sequences give up their places, as far as another one needs them."""
-        while not self._has_room(head, planned):
-            youngest = next((s for s in reversed(self._running) if s.background), None)
+        while not self._places.has_room(head, planned):
+            youngest = next((s for s in reversed(self._places.running) if s.background), None)
             if head.background or youngest is None:
                 return False
             self._preempt(youngest)
@@ -388,93 +313,47 @@ class Scheduler:
     def _yield_places(self) -> tuple[bool, Payer | None]:
         """If the next sequence has no place, others yield as much as it needs. Returns whether a sequence can start
         now, and whose turn is passed over: a sequence that has yielded may have to wait before others yield to it."""
-        if not self._free_rows and self._shares.even(self._queues.adapters):
+        if self._places.full and self._shares.even(self._queues.adapters):
             return False, None
-        head = self._next_to_start()
+        head = self._turns.next()
         if head is None or self._make_room(head):
             return head is not None, None
         if not head.attempts:
             return False, None
-        newcomer = self._next_to_start(passed=head.payer)
+        newcomer = self._turns.next(passed=head.payer)
         return newcomer is not None and self._make_room(newcomer), head.payer
 
     def _make_room(self, head: Sequence) -> bool:
         """Has others yield what it needs. Returns whether it can start now."""
+        places = self._places
         while not self._find_room(head):
-            if head.background or self._exceeds_share(head):
+            if head.background or places.would_exceed_share(head):
                 return False
-            if self._free_rows and (exceeding := self._exceeding()):
-                yielding, taker = [exceeding], exceeding  # it had what was not its own
-            elif yielding := self._shares.yielding(head, self._running, self._lacking(head), self._claim):
-                taker = head
+            if not places.full and (exceeding := places.youngest_exceeding()):
+                self._give_way(exceeding, exceeding)  # it had what was not its own
+            elif yielding := self._shares.yielding(head, places.running, places.lacking(head), places.claim):
+                for sequence in yielding:
+                    self._give_way(sequence, head)
             else:
                 return False
-            for sequence in yielding:
-                self.num_yields += 1
-                self._preempt(sequence, taker)
         return True
-
-    def _exceeding(self) -> Sequence | None:
-        """The youngest sequence of a tenant that holds more blocks than its share."""
-        return next((s for s in reversed(self._running) if self._kv_shares.exceeded(s)), None)
-
-    def _next_suspect(self) -> Sequence | None:
-        startable = self._startable()
-        waiting = [s for s in self._suspects if s.row is None and s.adapter in startable and not s.in_flight]
-        youngest = max(waiting, key=lambda suspect: suspect.number, default=None)
-        return youngest if youngest is not None and self._has_room(youngest) else None
-
-    def _startable(self) -> list[Adapter]:
-        """The adapters that may start a sequence now."""
-        return [adapter for adapter in (self._adapters.base, *self._entitled()) if adapter.ready and adapter.waiting]
-
-    def _lacking(self, sequence: Sequence, planned: Collection[Sequence] = ()) -> int:
-        """How many blocks more it needs to start than running ones leave. `planned`: those with a chunk in the current
-        plan."""
-        hit = self._prefixes.find(sequence)
-        needed = self._count_blocks(len(sequence.tokens)) - len(hit) + self._blocks.count_idle(hit)
-        claimed = sum(self._claim(running, running in planned) - len(running.blocks) for running in self._running)
-        return needed + claimed - self._blocks.available
-
-    def _claim(self, running: Sequence, planned: bool = False) -> int:
-        """How many blocks the sequence has or needs: for its prompt, and if it is not planned yet, its next chunk."""
-        stop = len(running.tokens) if planned else running.computed + running.remaining
-        return max(len(running.blocks), self._count_blocks(stop))
 
     def _start(self, sequence: Sequence) -> None:
         self._queues.remove(sequence)
         self._shares.run(sequence)
-        sequence.row = self._free_rows.pop()
+        self._places.take(sequence)
         sequence.attempts += 1
-        sequence.blocks = self._prefixes.find(sequence)
-        self._blocks.hold(sequence.blocks)
-        self._kv_shares.start(sequence)
-        sequence.cached_blocks = len(sequence.blocks)
-        sequence.computed = len(sequence.blocks) * self._limits.block_size
         if not sequence.output_length:
             sequence.prefix_hit = sequence.computed
-        insort(self._running, sequence, key=lambda running: running.number)
-        adapter = sequence.adapter
-        adapter.running += 1
-        self._entitlement.started(adapter)
+        self._slots.started(sequence.adapter)
 
-    def _stop_running(self, sequence: Sequence) -> None:
-        assert sequence.row is not None
-        self._running.remove(sequence)
-        self._free_rows.append(sequence.row)
-        self._blocks.release(sequence.blocks)
-        self._kv_shares.stop(sequence)
+    def _leave(self, sequence: Sequence) -> None:
+        self._places.leave(sequence)
         self._shares.stop_running(sequence)
-        sequence.row, sequence.blocks = None, []
-        sequence.cached_blocks = sequence.sent_blocks = 0
-        sequence.adapter.running -= 1
 
     def _enqueue(self, sequence: Sequence) -> None:
         self._shares.wait(sequence)
         self._queues.add(sequence)
-
-    def _count_blocks(self, positions: int) -> int:
-        return -(-positions // self._limits.block_size)
 
 
 def _cost(sequence: Sequence) -> float:
