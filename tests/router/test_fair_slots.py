@@ -6,7 +6,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_router.adapters.fair_slots import FairSlots
+from loraplex_router.fair_slots import FairSlots
 
 
 class Work:

@@ -1,6 +1,7 @@
 """Detokenizing and stop strings, with a byte-level tokenizer that is made here."""
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from loraplex_protos.errors import InvalidRequestError
 from loraplex_router.text.detokenizer import Detokenizer
 from loraplex_router.text.fill_in_middle import encode_around
+from loraplex_router.text.pieces import Piece, read_pieces
 from loraplex_router.text.stops import StopMatcher
 from loraplex_router.text.tokenizer import LONG_TEXT, Tokenizer
 from loraplex_router.vocabulary.chat import RenderedChat
@@ -135,3 +137,26 @@ async def test_every_token_has_its_position_in_the_text():
 async def test_long_texts_give_the_same_tokens_as_short_ones():
     text = "wörd " * LONG_TEXT
     assert await ids(text) == (await ids("wörd ")) * LONG_TEXT
+
+
+async def test_however_many_long_texts_a_tenant_sends_those_of_others_are_tokenized_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    done = list[str]()  # the first letters of texts of which a piece was tokenized
+
+    def recorded(tokenizer: tokenizers.Tokenizer, text: str) -> Iterator[Piece]:
+        for piece in read_pieces(tokenizer, text):
+            done.append(text[0])
+            yield piece
+
+    monkeypatch.setattr("loraplex_router.text.tokenizer.read_pieces", recorded)
+    flood = [asyncio.create_task(TOKENIZER.encode("f" * 100_000, tenant="flood")) for _ in range(100)]
+    while len(done) < 10:
+        await asyncio.sleep(0.001)
+    before = len(done)
+    await TOKENIZER.encode("o" * 100_000, tenant="other")
+    pieces = done.count("o")
+    assert pieces > 10 and len(done) - before < 6 * pieces
+    for task in flood:
+        task.cancel()
+    await asyncio.gather(*flood, return_exceptions=True)

@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Callable, Coroutine
 
 from loraplex_protos.errors import AdapterSourceError, FieldViolation, InvalidRequestError, OverloadedError, quote
-from loraplex_router.adapters.fair_slots import FairSlots
 from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.pool import AdapterPool
+from loraplex_router.fair_slots import FairSlots
 from loraplex_router.vocabulary.adapter import Adapter, Nearness, StagedAdapter
 from loraplex_router.vocabulary.references import (
     AdapterReference,

@@ -114,9 +114,9 @@ class GenerationApi(GenerationServiceServicer):
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
         async with _answering(context):
-            asked = read_classify_request(request)
-            found = await self._service.pooling.classify(asked, _key(context))
-            places = [await self._service.pooling.places(*each) for each in zip(asked.inputs, found, strict=True)]
+            asked, key, pooling = read_classify_request(request), _key(context), self._service.pooling
+            found = await pooling.classify(asked, key)
+            places = [await pooling.places(text, each, key) for text, each in zip(asked.inputs, found, strict=True)]
             size = sum(len(each.logits) for each in found)
             return await in_turn(size, lambda: write_classifications(found, places, request.raw_logits))
 

@@ -67,10 +67,11 @@ class Pooling:
             )
         return found
 
-    async def places(self, prompt: Prompt, found: Classification) -> list[TokenSpan]:
+    async def places(self, prompt: Prompt, found: Classification, key: str | None = None) -> list[TokenSpan]:
         """The input's tokens. If it is a text, each with its place in it; of others, nothing but their ids is known."""
         if found.classifier.of_tokens and isinstance(prompt, str):
-            return list(await self._model().tokenizer.spans(prompt))[-len(found.tokens) :]
+            spans = await self._model().tokenizer.spans(prompt, tenant=self._keys.tenant(key).name)
+            return list(spans)[-len(found.tokens) :]
         return [TokenSpan(token, "", 0, 0) for token in found.tokens]
 
     async def _pool(self, request: EmbedRequest, key: str | None) -> list[Generation]:

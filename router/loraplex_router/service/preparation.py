@@ -95,7 +95,7 @@ class Preparation:
         # Rendered again, it might differ: templates may write the time.
         prompt = arrival.prompts.get(key) if saved is None else list(saved.record.prompt)
         if prompt is None:
-            prompt = arrival.prompts[key] = await encode(request, text, model, tokenizer)
+            prompt = arrival.prompts[key] = await encode(request, text, model, tokenizer, tenant)
         room = room_for(request, len(prompt), model.info.max_model_len)
         room = arrival.volume.add(request, len(prompt), room)
         check_tokens(request, prompt, vocab_size, tokenizer.token_text)

@@ -16,7 +16,7 @@ from loraplex_router.vocabulary.sequence import Sequence
 Text: TypeAlias = str | tuple[int, ...] | RenderedChat | TextPair  # the input of the tokenizer, or token ids
 
 
-async def encode(request: Request, text: Text, model: Model, tokenizer: Tokenizer) -> list[int]:
+async def encode(request: Request, text: Text, model: Model, tokenizer: Tokenizer, tenant: Tenant) -> list[int]:
     """The request's prompt in tokens, truncated as the request asks. Of a text that is far too long, only enough tokens
     to show that."""
     kept = count_kept(request, model.info.max_model_len)
@@ -24,10 +24,10 @@ async def encode(request: Request, text: Text, model: Model, tokenizer: Tokenize
         return list(text if kept is None else text[-kept:])
     most = None if kept else max_counted(model.info.max_model_len)
     if request.suffix and not isinstance(text, TextPair):
-        return await encode_around(text, request.suffix, tokenizer, most)
+        return await encode_around(text, request.suffix, tokenizer, most, tenant=tenant.name)
     if isinstance(text, TextPair):
-        return await tokenizer.encode_pair(text, most, kept)
-    return await tokenizer.encode(text, most, kept)
+        return await tokenizer.encode_pair(text, most, kept, tenant=tenant.name)
+    return await tokenizer.encode(text, most, kept, tenant=tenant.name)
 
 
 def make_sequences(

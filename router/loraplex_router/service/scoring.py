@@ -86,8 +86,8 @@ def _check(request: ScoreRequest) -> None:
 
 
 async def _compare(service: Service, request: ScoreRequest, key: str | None) -> Scores:
-    texts = [*(await _shortened(service, request.queries, request.max_query))]
-    texts += await _shortened(service, request.documents, request.max_document)
+    texts = [*(await _shortened(service, request.queries, request.max_query, key))]
+    texts += await _shortened(service, request.documents, request.max_document, key)
     asked = EmbedRequest(
         tuple(texts),
         request.adapter,
@@ -104,9 +104,10 @@ async def _compare(service: Service, request: ScoreRequest, key: str | None) -> 
     return Scores(values, sum(each.prompt_tokens for each in found), found)
 
 
-async def _shortened(service: Service, texts: Sequence[str], most: int) -> list[str]:
+async def _shortened(service: Service, texts: Sequence[str], most: int, key: str | None) -> list[str]:
     """Each text up to the end of that many tokens; 0: all of it."""
-    return [await service.tokenizer.beginning(text, most) if most else text for text in texts]
+    tenant, tokenizer = service.keys.tenant(key).name, service.tokenizer
+    return [await tokenizer.beginning(text, most, tenant=tenant) if most else text for text in texts]
 
 
 def _cosine(one: Sequence[float], other: Sequence[float]) -> float:

@@ -235,11 +235,12 @@ class Service:
         """The tokens of a text or a rendered conversation, each with its position. A conversation is rendered with the
         adapter's chat template, if it has one. An adapter may have tokens of its own."""
         session = session or new_session()  # one version of the adapter renders and tokenizes
+        tenant = self.keys.tenant(key)
         if isinstance(prompt, Chat):
             with await self._place(adapter, key, session) as lease:
-                prompt = (await self._preparation.render(prompt, lease.adapter, self.keys.tenant(key))).text
+                prompt = (await self._preparation.render(prompt, lease.adapter, tenant)).text
         tokenizer, _ = await self.tokenizer_for(adapter, key, session)
-        return await tokenizer.spans(prompt, add_special_tokens)
+        return await tokenizer.spans(prompt, add_special_tokens, tenant=tenant.name)
 
     async def classifier(
         self, adapter: AdapterReference | None, key: str | None = None, session: str = ""

@@ -13,7 +13,9 @@ FORMS = (  # before the first text, between the texts, behind the second
 )
 
 
-async def encode_around(prompt: str | RenderedChat, suffix: str, tokenizer: Tokenizer, most: int | None) -> list[int]:
+async def encode_around(
+    prompt: str | RenderedChat, suffix: str, tokenizer: Tokenizer, most: int | None, *, tenant: str = ""
+) -> list[int]:
     """The tokens of a prompt for what belongs between the texts. A text gets the special tokens that the tokenizer adds
     before it. Stops reading a text once there are more than `most` tokens. Raises InvalidRequestError if the model has
     no tokens for it."""
@@ -24,5 +26,6 @@ async def encode_around(prompt: str | RenderedChat, suffix: str, tokenizer: Toke
         raise InvalidRequestError(FieldViolation("suffix", reason))
     first, between, behind = (token for token in tokens if token is not None)
     text, added = (prompt.text, []) if isinstance(prompt, RenderedChat) else (prompt, tokenizer.added_before)
-    before = await tokenizer.encode(RenderedChat(text), most)
-    return [*added, first, *before, between, *(await tokenizer.encode(RenderedChat(suffix), most)), behind]
+    before = await tokenizer.encode(RenderedChat(text), most, tenant=tenant)
+    after = await tokenizer.encode(RenderedChat(suffix), most, tenant=tenant)
+    return [*added, first, *before, between, *after, behind]

@@ -12,6 +12,7 @@ from itertools import islice
 import tokenizers
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_router.fair_slots import FairSlots
 from loraplex_router.text.detokenizer import INCOMPLETE, Decoder, own_length
 from loraplex_router.text.pieces import LARGEST, IndivisibleError, Piece, read_pieces
 from loraplex_router.text.token_bytes import TokenBytes
@@ -21,6 +22,7 @@ LONG_TEXT = 2000  # characters; tokenizing more than this at once would delay ot
 MANY_TOKENS = 2000  # decoding more than this at once would also delay them
 
 _THREADS = ThreadPoolExecutor(2, "tokenizer")  # for long texts: one piece of each in turn
+_TURNS = FairSlots(4)  # for pieces: however many texts a tenant sends, few pieces go before another one's
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,8 @@ class Spans:
 class Tokenizer:
     """The model's tokenizer.
 
-    tokenizer_json: the content of a tokenizer.json, as the `tokenizers` library reads it.
+    tokenizer_json: the content of a tokenizer.json, as the `tokenizers` library reads it. Where a `tenant` can be
+    named, it is the one whose long text takes turns with those of others.
     """
 
     def __init__(self, tokenizer_json: bytes) -> None:
@@ -71,7 +74,9 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_tokens = frozenset(token for token, added_token in added.items() if added_token.special)
 
-    async def encode(self, prompt: str | RenderedChat, most: int | None = None, last: int | None = None) -> list[int]:
+    async def encode(
+        self, prompt: str | RenderedChat, most: int | None = None, last: int | None = None, *, tenant: str = ""
+    ) -> list[int]:
         """The tokens of a text or a rendered conversation. A text gets the special tokens that the tokenizer adds (a
         BOS for example); a chat template writes its own. Stops reading once there are more than `most` tokens. With
         `last`, returns only the last `last` tokens."""
@@ -80,20 +85,22 @@ class Tokenizer:
         if len(text) < LONG_TEXT:
             ids.fromlist(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         else:
-            async for piece in self._read(text, add_special_tokens):
+            async for piece in self._read(text, add_special_tokens, tenant):
                 ids.fromlist(piece.ids)
                 if most is not None and len(ids) > most:
                     break
         return (ids if last is None else ids[-last:]).tolist()
 
-    async def encode_pair(self, pair: TextPair, most: int | None = None, last: int | None = None) -> list[int]:
+    async def encode_pair(
+        self, pair: TextPair, most: int | None = None, last: int | None = None, *, tenant: str = ""
+    ) -> list[int]:
         """The tokens of a pair, with the special tokens that the tokenizer adds to pairs. Stops reading a text once
         there are more than `most` tokens. If there are more than `last`, the longer text or both are cut at the end, as
         in transformers."""
         if pair.joined and not (pair.max_query or pair.max_document):
-            return (await self.encode(pair.query + pair.document, most))[:last]
-        query = (await self.encode(RenderedChat(pair.query), most))[: pair.max_query or None]
-        document = (await self.encode(RenderedChat(pair.document), most))[: pair.max_document or None]
+            return (await self.encode(pair.query + pair.document, most, tenant=tenant))[:last]
+        query = (await self.encode(RenderedChat(pair.query), most, tenant=tenant))[: pair.max_query or None]
+        document = (await self.encode(RenderedChat(pair.document), most, tenant=tenant))[: pair.max_document or None]
         before, between, behind = ([], [], []) if pair.joined else self._added_to_pair
         if last is not None:
             room = max(0, last - len(before) - len(between) - len(behind))
@@ -115,26 +122,31 @@ class Tokenizer:
             found += [tokens for tokens in ((plain.ids, spaced.ids) if differs else (plain.ids,)) if tokens]
         return found
 
-    async def beginning(self, text: str, most: int) -> str:
+    async def beginning(self, text: str, most: int, *, tenant: str = "") -> str:
         """The text up to the end of its first `most` tokens."""
-        spans = await self.spans(text, add_special_tokens=False)
+        spans = await self.spans(text, add_special_tokens=False, tenant=tenant)
         return text if len(spans) <= most else text[: next(islice(spans, most - 1, None)).stop]
 
-    async def spans(self, text: str, add_special_tokens: bool = True) -> Spans:
+    async def spans(self, text: str, add_special_tokens: bool = True, *, tenant: str = "") -> Spans:
         """The tokens of a text, each with its position."""
         spans = Spans(text)
-        async for piece in self._read(text, add_special_tokens):
+        async for piece in self._read(text, add_special_tokens, tenant):
             spans.add(piece)
         return spans
 
-    async def _read(self, text: str, add_special_tokens: bool) -> AsyncIterator[Piece]:
-        """A text's pieces. Each is tokenized on a thread, without the interpreter's lock."""
+    async def _read(self, text: str, add_special_tokens: bool, tenant: str) -> AsyncIterator[Piece]:
+        """A text's pieces. Each is tokenized on a thread, without the interpreter's lock, when it is the tenant's
+        turn."""
         before, behind = self._added if add_special_tokens else ([], [])
         yield _nowhere(before)
         pieces = read_pieces(self._tokenizer, text)
         loop = asyncio.get_running_loop()
         try:
-            while piece := await loop.run_in_executor(_THREADS, next, pieces, None):
+            while True:
+                async with _TURNS.taken(tenant):
+                    piece = await loop.run_in_executor(_THREADS, next, pieces, None)
+                if piece is None:
+                    break
                 yield piece
         except IndivisibleError:
             reason = f"has {LARGEST} characters in a row that cannot be tokenized apart from each other"

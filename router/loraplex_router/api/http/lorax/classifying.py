@@ -181,7 +181,7 @@ async def _classify_lorax(
     found = await finish_before_disconnect(
         call.service.pooling.classify(call.complete(request), call.key), call.receive
     )
-    places = [await call.service.pooling.places(text, each) for text, each in zip(texts, found, strict=True)]
+    places = [await call.service.pooling.places(text, each, call.key) for text, each in zip(texts, found, strict=True)]
     size = sum(len(each.logits) for each in found)
     return await in_turn(size, lambda: list(map(_write_lorax, texts, found, places))), answer_headers(
         found, call.request_id
