@@ -22,7 +22,7 @@ from loraplex import AsyncClient
 TENANTS = "loud", "quiet"  # also their keys
 FLOOD, REQUESTS, ROUNDS = 200, 20, 3
 PROMPT, OUTPUT = 64, 64  # of the flood; those of the quiet tenant have the same prompts and a few tokens
-ANSWER = 8
+ANSWER = 2
 BLOCK = 16
 HUGE = BLOCKS * BLOCK * 9 // 10  # tokens of a prompt that takes nearly all blocks
 CASES = {"on another adapter": ("a0", "a1"), "on the same adapter": ("a0", "a0"), "on the base": (None, None)}

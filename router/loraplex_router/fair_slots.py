@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 class FairSlots:
     """`total` slots for work. A tenant may take as many as it leaves free: half of them if it is alone. So there is
-    always one for a tenant that has none."""
+    one for a tenant that has none, while there are few others."""
 
     def __init__(self, total: int) -> None:
         self._free = total
@@ -34,7 +34,7 @@ class FairSlots:
                 self._hand_out()
 
     def _hand_out(self) -> None:
-        for waiting in list(self._waiting):
+        for waiting in list(self._waiting) if self._free else ():
             tenant, came = waiting
             if self._taken[tenant] < self._free and not came.cancelled():
                 self._waiting.remove(waiting)

@@ -23,6 +23,7 @@ from loraplex_router.api.http.openai.batches.routes import MOST_UPLOADS, uploads
 from loraplex_router.batches.bucket import BatchBucket
 from loraplex_router.batches.folder import BatchFolder
 from loraplex_router.batches.opening import open_batches
+from loraplex_router.batches.reading import Line
 from loraplex_router.batches.runner import BatchRunner
 from tests.full_disk import full_disk
 from tests.router.test_engine import Setup
@@ -227,6 +228,22 @@ async def test_a_cancelled_batch_keeps_what_it_has_answered(place: str) -> None:
         assert [row["custom_id"] for row in await rows(client, batch.output_file_id)] == ["line 0"]
         assert (await client.batches.cancel(batch.id)).status == "cancelled"
         world.setup.shards.loads_held.set()
+
+
+async def test_a_batch_whose_input_is_lost_while_it_runs_fails_with_what_it_has_answered(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    client = world.client()
+    batch = await create(client, text(*map(line, range(3))))
+    job = world.batches.job("", batch.id)
+    assert job and job.begin(10_000)
+    job.add(Line("line 0", ENDPOINT, {}), 200, "r", {"usage": None})
+    job.close()
+    world.batches.content("", batch.input_file_id).unlink()
+    async with world.running(), asyncio.timeout(30):
+        while (batch := await client.batches.retrieve(batch.id)).status != "failed":
+            await asyncio.sleep(0.05)
+        assert batch.errors.data[0].code == "input_file_not_found"
+        assert [row["custom_id"] for row in await rows(client, batch.output_file_id)] == ["line 0"]
 
 
 async def test_a_router_whose_clock_is_wrong_neither_expires_batches_nor_deletes_files(

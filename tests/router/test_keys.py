@@ -247,7 +247,7 @@ def test_a_key_file_is_yaml_or_json(tmp_path: Path) -> None:
         (YAML.replace("tokens_per_minute: 60000", "kv_share: 1.5"), "tenants.acme.kv_share: "),
         (YAML.replace(hashed(ADMIN_KEY), hashed(OLD_KEY)), "a key is listed twice"),
         ("tenants:\n  acme: [SECRET", "neither YAML nor JSON in line "),
-        (f"{YAML}\n  operator:\n    keys: [SECRET]", "has a name twice in what begins in line "),
+        (f"{YAML}\n  operator:\n    keys: [SECRET]", "repeats a name in the mapping that begins in line "),
         ("\x00SECRET", "neither YAML nor JSON"),
     ],
 )

@@ -1,11 +1,14 @@
 """The registry: names with versions and aliases, from a file that is followed, in requests, answers and listings."""
 
 import asyncio
+import contextlib
 import json
 import re
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -374,6 +377,27 @@ async def test_a_changed_file_is_taken_up_and_a_wrong_one_is_told_of(
     assert cluster.registry.find("sql").number == 3
     assert b"loraplex_adapter_registry_refused 0.0" in await cluster.telemetry.scrape()
     following.cancel()
+
+
+async def test_a_change_whose_caller_leaves_is_taken_up_like_one_of_another_router(tmp_path: Path, cluster: Cluster):
+    file = RegistryFile(write(tmp_path), cluster.registry, cluster.administration.retire, 0)
+    begun, left = threading.Event(), threading.Event()
+
+    def edit(content: Registered) -> Registered:
+        begun.set()
+        left.wait(10)
+        return replace(content, names={**content.names, "new": content.names["sql"]})
+
+    change = asyncio.create_task(file.change(edit))
+    await asyncio.to_thread(begun.wait, 10)
+    change.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await change
+    left.set()
+    async with asyncio.timeout(10):
+        while "new" not in cluster.registry.content.names:
+            await asyncio.sleep(0.01)
+            await file.look()
 
 
 async def test_a_request_of_several_adapters_names_them_as_asked(cluster: Cluster):

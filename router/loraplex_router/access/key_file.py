@@ -90,7 +90,7 @@ def read_tenants(path: Path) -> dict[str, TenantSettings]:
         mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}" if mark else ""
         twice = isinstance(error, DuplicateKeyError)
-        wrong = "has a name twice in what begins" if twice else "is neither YAML nor JSON"
+        wrong = "repeats a name in the mapping that begins" if twice else "is neither YAML nor JSON"
         raise KeyFileError(f"--api-keys: {path} {wrong}{place}") from None
     counts = Counter(hashed for tenant in file.tenants.values() for hashed in tenant.keys)
     if counts.total() != len(counts):

@@ -52,9 +52,12 @@ class RegistryFile:
         on a full disk, AdapterConflictError while it is wrong.
         """
         async with self._changing:
-            return self._registry.update(await asyncio.to_thread(self._rewrite, edit))
+            state, content = await asyncio.to_thread(self._rewrite, edit)
+            found = self._registry.update(content)
+            self._file.seen = state  # only now: if this is cancelled, the file is looked at
+            return found
 
-    def _rewrite(self, edit: Edit) -> Registered:
+    def _rewrite(self, edit: Edit) -> tuple[tuple[int, ...], Registered]:
         path = self._path.resolve()
         try:
             with open(path.with_name(f".{path.name}.lock"), "w") as lock:
@@ -62,10 +65,10 @@ class RegistryFile:
                 former = self._content()
                 changed = edit(former)
                 written = write_registry(changed, self._path.suffix == ".json").encode()
-                self._file.seen = state_of(replace_file(path, lambda file: file.write(written)))
-                self._known = None if faulty(changed) else (self._file.seen, changed)  # faults know their lines
+                state = state_of(replace_file(path, lambda file: file.write(written)))
+                self._known = None if faulty(changed) else (state, changed)  # faults know their lines
                 self.uploads.keep_only(_uploads(changed), _uploads(former))
-                return self._opened(self._content())
+                return state, self._opened(self._content())
         except RegistryFileError as error:
             raise AdapterConflictError(f"the registry file is wrong, mend it first: {error.message}") from error
         except OSError as error:

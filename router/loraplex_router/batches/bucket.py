@@ -18,6 +18,7 @@ from loraplex_router.batches.records import BatchRecord, FileRecord
 
 CLOCK_SECONDS = 60.0  # after which the store's clock is looked at again
 FORGOTTEN_SECONDS = 3600  # after which a batch is forgotten that has no record, since its router died
+DOWNLOAD_PIECE = 512 << 10  # bytes in memory of each download
 MOST_KNOWN = 10_000  # records in memory
 
 R = TypeVar("R", FileRecord, BatchRecord)
@@ -47,7 +48,7 @@ class BatchBucket(Batches):
         return sorted(found, key=lambda each: (each.created_at, each.id), reverse=True)
 
     def content(self, tenant: str, id: str) -> Iterator[bytes]:
-        return self.read(tenant, id)
+        return self.read(tenant, id, piece=DOWNLOAD_PIECE)
 
     def read(self, tenant: str, id: str, **options: int) -> Iterator[bytes]:
         try:
@@ -174,7 +175,7 @@ class BatchBucket(Batches):
 
     def delete_expired(self) -> None:
         now, used, expired = self.now(), 0, list[str]()
-        for object in self.objects.list(""):
+        for object in (each for folder in layout.FOLDERS for each in self.objects.list(folder)):
             if object.modified + FILE_SECONDS < now:
                 expired.append(object.path)
             elif object.path.startswith(f"{layout.CONTENTS}/"):

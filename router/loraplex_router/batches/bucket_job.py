@@ -86,9 +86,12 @@ class BucketJob(Job):
 
     def _make_room(self) -> None:
         if self._is_full():
-            with self._flushing:
-                if self._is_full():
-                    self._write_rows()
+            if not self._flushing.acquire(blocking=False):  # if that hangs, nobody waits here with a thread
+                raise UnavailableError("answers are being written down: try again")
+            try:
+                self._write_rows()
+            finally:
+                self._flushing.release()
 
     def _append(self, row: bytes, failed: bool) -> None:
         self._rows[failed].append(row)

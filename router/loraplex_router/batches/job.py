@@ -4,6 +4,7 @@ import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Protocol
 
 from loraplex_protos.errors import BatchNotFoundError
@@ -95,18 +96,24 @@ class Job(ABC):
         return self._tally.counts(self.record.request_counts.total) != self.record.request_counts
 
     def finish(self, status: Status) -> None:
-        """Ends the batch, as completed, cancelled or expired, and lists its files."""
+        """Ends the batch, and lists its files."""
         record = self.record
         with self._writing:
             self._open = False
         record.status, record.finalizing_at = Status.FINALIZING, self._place.now()
         if status is Status.EXPIRED:
-            for line in self.remaining():
-                self._make_room()
-                self._answer(line, None, EXPIRED)
+            with suppress(BatchNotFoundError):
+                for line in self.remaining():
+                    self._make_room()
+                    self._answer(line, None, EXPIRED)
         self.save()
         self._publish()
         self.end(status)
+
+    def lose_input(self) -> Status:
+        """Notes that the input does not exist any more. Returns how the batch has to end."""
+        self.record.errors = LineErrors(data=[GONE])
+        return Status.FAILED
 
     def end(self, status: Status) -> None:
         """Ends the batch without further files."""

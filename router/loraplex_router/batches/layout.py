@@ -15,6 +15,7 @@ from loraplex_router.batches.batches import tenant_folder
 
 CONTENTS, OPEN, CANCEL = "contents", "open", ".cancel"
 LEASE, USED, CLOCK = "lease", "used", "clock"
+FOLDERS = "files", CONTENTS, "batches", OPEN, "parts"  # whatever else is there belongs to others
 
 
 def files(tenant: str) -> str:

@@ -23,9 +23,7 @@ class Line:
 
 def read_line(text: bytes, endpoint: str) -> Line | LineError:
     try:
-        check_structure(
-            text
-        )  # as the route does, which the line would otherwise not reach: it is written as JSON again
+        check_structure(text)  # as the route does, which gets the line as it is written anew
     except ValueError as error:
         return LineError(code="invalid_json_line", message=f"This line {error}.")
     try:
@@ -36,7 +34,7 @@ def read_line(text: bytes, endpoint: str) -> Line | LineError:
         return LineError(code="invalid_json_line", message="This line is not a JSON object.")
     custom_id, body = sent.get("custom_id"), sent.get("body")
     if not isinstance(custom_id, str) or not custom_id:
-        return _wrong("custom_id", "must be a text")
+        return _wrong("custom_id", "must be a string that is not empty")
     if sent.get("method") != "POST":
         return _wrong("method", 'must be "POST"')
     if sent.get("url") != endpoint:

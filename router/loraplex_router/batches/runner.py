@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from typing import Any, TypeAlias
 
-from loraplex_protos.errors import OverloadedError, UnavailableError
+from loraplex_protos.errors import BatchNotFoundError, OverloadedError, UnavailableError
 from loraplex_router.batches.batches import Batches
 from loraplex_router.batches.job import Job
 from loraplex_router.batches.reading import Line
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 MOST_LINES = 64  # of all batches together that are asked at the same time, and of a tenant, those that wait included
 BUSY = {OverloadedError.http_status, UnavailableError.http_status}
+SAVE_SECONDS = 5.0  # for writing down what a router has that stops
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before what met a busy server, or a place that fails, is tried again
 
 # Answers a request of a tenant: its path and body; status, headers (by names in any case) and body.
@@ -87,7 +88,16 @@ class BatchRunner:
                 if not await work(job.begin, self._longest):
                     return
                 logger.info("batch %s: %d of %d lines remain", id, _open(record), record.request_counts.total)
-                if status := await self._run_lines(job):
+                try:
+                    status = await self._run_lines(job)
+                except BatchNotFoundError:
+                    status = await work(job.lose_input)
+                except asyncio.CancelledError:  # the router stops: what it has is for the next one
+                    with suppress(OSError, UnavailableError, TimeoutError):
+                        async with asyncio.timeout(SAVE_SECONDS):
+                            await work(job.save)
+                    raise
+                if status:
                     await work(job.finish, status)
                 logger.info("batch %s: %s", id, status or "another router may run it now")
         except UnavailableError as error:
@@ -120,24 +130,30 @@ class BatchRunner:
             return Status.COMPLETED
         finally:
             lines.cancel()
-            with suppress(asyncio.CancelledError):
-                await lines
+            await asyncio.wait([lines])
+            _ = lines.cancelled() or lines.exception()  # it is known, or does not matter any more
 
     async def _send_all(self, job: Job) -> None:
-        remaining, lines = job.remaining(), self._lines[job.tenant]
+        """Raises BatchNotFoundError or UnavailableError if the input cannot be read, when the lines in flight have been
+        answered."""
+        remaining, lines, failure = job.remaining(), self._lines[job.tenant], None
         async with asyncio.TaskGroup() as group:
             while True:
                 await lines.acquire()
+                line = None
                 try:
                     line = await self._batches.work(_next, remaining)
-                except BaseException:
-                    lines.release()
-                    raise
+                except (BatchNotFoundError, UnavailableError) as error:
+                    failure = error
+                finally:
+                    if line is None:
+                        lines.release()
                 if line is None:
-                    lines.release()
-                    return
+                    break
                 task = group.create_task(self._send(job, line))
                 task.add_done_callback(lambda _: lines.release())
+        if failure:
+            raise failure
 
     async def _send(self, job: Job, line: Line) -> None:
         wait = FIRST_WAIT

@@ -54,10 +54,12 @@ class Entitlement:
             others.sort(key=lambda adapter: adapter not in foreground)
         return [adapter for adapter in waiting if adapter.pinned] + self._adapters.fitting(others)
 
-    def started(self, adapter: Adapter) -> None:
-        """The adapter has started a sequence."""
-        if self._contended and adapter.turn:
-            adapter.turn -= 1
+    def started(self, adapter: Adapter) -> bool:
+        """The adapter has started a sequence. Returns whether its turn is over."""
+        if not (self._contended and adapter.turn):
+            return False
+        adapter.turn -= 1
+        return not adapter.turn
 
     def _claim_order(self, adapter: Adapter) -> tuple[bool, bool, float]:
         keeps_its_turn = adapter.slot is not None and adapter.turn > 0

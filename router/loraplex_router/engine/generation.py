@@ -33,7 +33,7 @@ class Generation:
         self.request_id = request_id
         self.reference = reference  # to the adapter, as requested
         self.adapter = adapter  # on the replica that runs the generation
-        self.tenant = tenant  # its name, for the log
+        self.tenant = tenant  # its name
         self.stream = ""  # its key in the journal, if it is there
         self.nonce = nonce or secrets.token_hex(16)  # what the ids in its answers are made of
         self.arrived = arrived  # when the request arrived; like the next four, from time.monotonic

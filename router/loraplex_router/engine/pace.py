@@ -8,11 +8,11 @@ LEAST_LEAD = 0.005
 
 
 class Pace:
-    """Expects of a plan that it takes as long per token as the last one of about as many tokens took. The times given
-    to it are those of one clock, in seconds."""
+    """Expects of a plan that it takes as long as the last one of about as many tokens took, or less, if it has fewer.
+    The times given to it are those of one clock, in seconds."""
 
     def __init__(self) -> None:
-        self._per_token: dict[int, float] = {}  # seconds, by how many binary digits the number of tokens has
+        self._last: dict[int, tuple[int, float]] = {}  # tokens and seconds, by the tokens' number of binary digits
         self._began = 0.0
 
     def begin(self, now: float) -> None:
@@ -21,11 +21,12 @@ class Pace:
 
     def end(self, tokens: int, seconds: float, now: float) -> None:
         """A plan has taken so long, and the shards begin the next one that they have."""
-        self._per_token[tokens.bit_length()] = seconds / tokens
+        self._last[tokens.bit_length()] = tokens, seconds
         self._began = now
 
     def until_next(self, tokens: int, now: float) -> float:
         """The seconds until the next plan is to leave, while one of so many tokens runs. At once, which is 0 or less,
         if nothing is known of such plans."""
-        expected = self._per_token.get(tokens.bit_length(), 0.0) * tokens
+        last, seconds = self._last.get(tokens.bit_length(), (tokens, 0.0))
+        expected = seconds * min(1, tokens / last)
         return min(LEAVES_AT * expected, expected - LEAST_LEAD) - (now - self._began)

@@ -163,6 +163,7 @@ class Scheduler:
     def schedule(self, background: bool = True) -> Plan | None:
         """The next plan, or None if there is nothing to compute. It counts as executed from now on: later plans follow
         it on every rank. `background`: whether it may be for background sequences."""
+        self._slots.begin_plan()
         for alone in (not self._alone, self._alone):
             if plan := self._plan_alone() if alone else self._plan_together(background):
                 self._alone = alone
@@ -170,7 +171,7 @@ class Scheduler:
         return None
 
     def _plan_together(self, background: bool) -> Plan | None:
-        may_start, passed = self._yield_places()
+        may_start, passed, taker = self._yield_places()
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
         firsts: dict[Payer, Sequence] = {}  # whose first token comes with the plan, one of each payer
@@ -195,7 +196,7 @@ class Scheduler:
                 budget -= self._extend(sequence, remaining, budget, chunks)
         prefills.sort(key=lambda item: self._shares.of(item[0]).order, reverse=True)
         while budget:
-            head = self._turns.next(passed) if may_start and started < MAX_STARTED else None
+            head = (taker or self._turns.next(passed)) if may_start and started < MAX_STARTED else None
             if (
                 head is None
                 or (head.background and foreground)
@@ -205,6 +206,7 @@ class Scheduler:
                 head, may_start = None, False  # others must not overtake it, or it might wait forever
             if head and not (prefills and self._shares.of(prefills[-1][0]).order <= self._shares.of(head).order):
                 self._start(head)
+                taker = None
                 starts.append(head)
                 started += head.start_size
                 sequence, remaining = head, head.remaining
@@ -310,18 +312,20 @@ class Scheduler:
             self._preempt(youngest)
         return True
 
-    def _yield_places(self) -> tuple[bool, Payer | None]:
+    def _yield_places(self) -> tuple[bool, Payer | None, Sequence | None]:
         """If the next sequence has no place, others yield as much as it needs. Returns whether a sequence can start
-        now, and whose turn is passed over: a sequence that has yielded may have to wait before others yield to it."""
+        now; whose turn is passed over, since a sequence that has yielded may have to wait before others yield to it;
+        and the sequence to which others have yielded, which starts before they can."""
+        yields = self.num_yields
         if self._places.full and self._shares.even(self._queues.adapters):
-            return False, None
-        head = self._turns.next()
-        if head is None or self._make_room(head):
-            return head is not None, None
-        if not head.attempts:
-            return False, None
-        newcomer = self._turns.next(passed=head.payer)
-        return newcomer is not None and self._make_room(newcomer), head.payer
+            return False, None, None
+        head, passed = self._turns.next(), None
+        if head and not self._make_room(head):
+            passed = head.payer if head.attempts else None
+            head = self._turns.next(passed) if passed else None
+            if head and not self._make_room(head):
+                head = None
+        return head is not None, passed, head if self.num_yields > yields else None
 
     def _make_room(self, head: Sequence) -> bool:
         """Has others yield what it needs. Returns whether it can start now."""

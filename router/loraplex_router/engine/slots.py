@@ -35,16 +35,24 @@ class Slots:
         self._shares = shares
         self._places = places
         self._entitlement = Entitlement(adapters, queues, shares)
+        self._startable: list[Adapter] | None = None
         self._preempt = preempt
         self._give_way = give_way
 
+    def begin_plan(self) -> None:
+        """From now on, `startable` is asked for another plan."""
+        self._startable = None
+
     def startable(self) -> list[Adapter]:
-        """The adapters that may start a sequence now."""
-        return [adapter for adapter in (self._adapters.base, *self._entitled()) if adapter.ready and adapter.waiting]
+        """The adapters that may start a sequence now. Who is entitled is found out once for a plan."""
+        if self._startable is None:
+            self._startable = [adapter for adapter in (self._adapters.base, *self._entitled()) if adapter.ready]
+        return [adapter for adapter in self._startable if adapter.waiting]
 
     def started(self, adapter: Adapter) -> None:
         """It has started a sequence."""
-        self._entitlement.started(adapter)
+        if self._entitlement.started(adapter):
+            self._startable = None
 
     def change(self) -> SlotChanges:
         """See Scheduler.change_slots."""
@@ -53,7 +61,8 @@ class Slots:
         return SlotChanges(claimed, self._evict_for(lacking, entitled) if lacking else [])
 
     def _evict_for(self, lacking: list[Adapter], entitled: list[Adapter]) -> list[Adapter]:
-        """Background sequences give up slots that others need: now, or when the plans in flight are complete."""
+        """Background sequences give up slots that others need, and so do adapters that are not entitled any more, for
+        tenants that have none: now, or when the plans in flight are complete."""
         evicted = self._adapters.evict(lacking, keep=entitled)
         if self._shares.background:
             foreground = self._in_foreground()

@@ -66,7 +66,7 @@ class Connection(HttpToolsProtocol):
         self._held = b""
         if not end and (line := headers.rfind(b"\n")) >= 0:
             begun = headers[line + 1 :].lower()
-            if begun.startswith(UPGRADE) or UPGRADE.startswith(begun):
+            if begun.startswith(UPGRADE) or UPGRADE.startswith(begun) or begun == b"\r":
                 headers, self._held = headers[:line], headers[line:]
         return OFFER.sub(b"", headers + end) + body
 
@@ -92,6 +92,7 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        self._in_headers, self._headers = True, 0  # what comes next begins with headers
         self._stop_waiting()
         super().on_message_complete()
 

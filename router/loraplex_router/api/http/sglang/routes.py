@@ -13,6 +13,8 @@ from loraplex_router.api.http.json_body import JsonRoute
 from loraplex_router.api.http.named_loads import NamedLoad, NamedUnload, load_named, unload_named
 from loraplex_router.vocabulary.references import AdapterReference
 
+TIERS = ADAPTER_TIER_HOST, ADAPTER_TIER_DEVICE  # of adapters that are loaded
+
 
 class Load(NamedLoad):
     pinned: bool | None = Field(default=None, description="Keep it on the device until it is unpinned or unloaded.")
@@ -54,5 +56,6 @@ def write_error(error: LoraplexError) -> dict[str, Any]:
 
 
 async def _loaded(call: RouteCall) -> dict[str, str]:
-    listed = (await call.service.adapters.list(call.key)).adapters
-    return {each.id: each.id for each in listed if each.tier in (ADAPTER_TIER_HOST, ADAPTER_TIER_DEVICE)}
+    pages = call.service.adapters.pages(call.key)
+    listed = [each async for page in pages for each in page.adapters if each.tier in TIERS]
+    return {each.id: each.id for each in listed}

@@ -178,7 +178,7 @@ async def _within(seconds: float, answer: Awaitable[R]) -> R:
         async with asyncio.timeout(seconds):
             return await answer
     except TimeoutError:
-        raise UnavailableError("what --batches names does not answer: try again later") from None
+        raise UnavailableError("the storage of files and batches does not answer: try again later") from None
 
 
 async def _stream(batches: Batches, first: bytes, rest: Iterator[bytes]) -> AsyncIterator[bytes]:
