@@ -66,6 +66,20 @@ def test_a_huge_sequence_gives_way_to_a_newcomer_at_once_and_continues_at_its_ex
     assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
 
 
+def test_one_that_has_given_way_does_so_again_while_it_is_computed_again():
+    alone = World(blocks=BLOCKS, budget=BUDGET)
+    undisturbed = steps_to_first_token(alone, small(alone, 0, 120, 4))
+    world, huge = beside_a_huge_one(20, reuses=False)
+    first = small(world, 0, 120, 4, tenant="first")
+    while not first.finished or huge.row is None:
+        world.step()
+    assert huge.remaining > 1
+    newcomer = small(world, 1, 120, 4, tenant="second")
+    assert steps_to_first_token(world, newcomer) <= undisturbed + 1
+    world.run()
+    assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     sizes=st.lists(st.tuples(st.integers(2, 80), st.integers(1, 12), st.integers(0, 9)), min_size=1, max_size=8),
