@@ -172,7 +172,7 @@ def test_a_misspelt_field_is_named_in_a_warning(causal: Server, route: str, body
 
 def test_the_adapter_among_several_that_cannot_generate_is_named(causal: Server) -> None:
     error = refusal(causal, "/v1/completions", adapters=["plain", "sentiment"], prompt="Hello")
-    assert "`model` names 'sentiment', which was trained to classify: it cannot generate" in error
+    assert "`adapters[1]` names 'sentiment', which was trained to classify: it cannot generate" in error
 
 
 @pytest.mark.parametrize(

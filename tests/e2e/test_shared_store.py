@@ -114,8 +114,8 @@ async def test_limits_and_usage_are_those_of_all_routers(model: Path, adapters: 
         for (tenant, _), used in found.items():
             assert used["generated_tokens"] == told[tenant, "generated"]
             assert used["prompt_tokens"] == told[tenant, "prompt"] == used["requests"] * len(PROMPT)
-        assert found["loyal", "base"]["generated_tokens"] == received["loyal"] == STREAMS * TOKENS
-        assert found["loyal", "base"]["requests"] == STREAMS
+        assert found["loyal", "[base]"]["generated_tokens"] == received["loyal"] == STREAMS * TOKENS
+        assert found["loyal", "[base]"]["requests"] == STREAMS
         assert found["fickle", "r4"]["requests"] == STREAMS
         assert received["fickle"] <= found["fickle", "r4"]["generated_tokens"] < STREAMS * TOKENS
         assert (await asyncio.to_thread(usage, second, "fickle")).keys() == {("fickle", "r4")}

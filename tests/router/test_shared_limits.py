@@ -113,6 +113,16 @@ async def follow(url: str, steps: list[tuple[str, int, object]]) -> None:
         await each.server.aclose()
 
 
+async def test_an_adapter_that_several_visits_name_counts_once_for_all_routers(redis: Redis):
+    clock = [1000.0]
+    first, second = (Router(redis[0], Allowance(max_adapters=2), "careful", clock) for _ in range(2))
+    assert not await first.begin("a") and not await first.begin("a")
+    assert not await second.begin("b")
+    assert "adapters at once" in await second.begin("c")
+    for each in (first, second):
+        await each.server.aclose()
+
+
 async def test_tokens_that_one_router_spends_are_missing_in_the_other(redis: Redis):
     clock, allowance = [0.0], Allowance(tokens_per_minute=60)
     first, second = (Router(redis[0], allowance, "spender", clock) for _ in range(2))

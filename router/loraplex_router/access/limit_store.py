@@ -35,8 +35,10 @@ local function missing(of, names)
   return new
 end
 local function add(of, visits, names)
-  of.visits, of.count = of.visits + visits, of.count + missing(of, names)
-  for _, name in ipairs(names) do of.adapters[name] = true end
+  of.visits = of.visits + visits
+  for _, name in ipairs(names) do  -- some are there twice
+    if not of.adapters[name] then of.adapters[name], of.count = true, of.count + 1 end
+  end
 end
 
 local stored = redis.call('HGETALL', key)
