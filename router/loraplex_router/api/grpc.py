@@ -33,7 +33,7 @@ from loraplex_router.api.pooled import (
 from loraplex_router.api.readers import read_each
 from loraplex_router.api.translation import Writer, read_adapter_name, read_reference, read_request, read_targets
 from loraplex_router.api.turns import in_turn
-from loraplex_router.api.uploads import read_announcement, read_data, receive, split
+from loraplex_router.api.uploads import read_announcement, read_data, read_rest, receive, split
 from loraplex_router.engine.generation import Generation
 from loraplex_router.replicas.listing import AT_A_TIME
 from loraplex_router.service.service import Service
@@ -155,12 +155,14 @@ class GenerationApi(GenerationServiceServicer):
     ) -> pb.UploadAdapterResponse:
         async with _answering(context):
             self._service.keys.administrator(_key(context))
-            upload, files = await read_announcement(request_iterator)
+            async with read_rest(request_iterator):
+                upload, files = await read_announcement(request_iterator)
 
-            async def read() -> dict[str, memoryview]:
-                return split(await receive(read_data(request_iterator), upload.size), files)
+                async def read() -> dict[str, memoryview]:
+                    return split(await receive(read_data(request_iterator), upload.size), files)
 
-            return pb.UploadAdapterResponse(adapter=await self._service.adapters.upload(upload, read, _key(context)))
+                status = await self._service.adapters.upload(upload, read, _key(context))
+            return pb.UploadAdapterResponse(adapter=status)
 
     async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Context) -> pb.RegisterAdapterResponse:
         async with _answering(context):

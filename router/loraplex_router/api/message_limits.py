@@ -13,6 +13,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from loraplex_protos.errors import FieldViolation, InvalidRequestError, OverloadedError, RequestCancelledError
 from loraplex_router.api.sending import READ_SECONDS, Sender
+from loraplex_router.api.uploads import read_rest
 from loraplex_router.text.json_limits import LONG
 
 MAX_FIELDS = 2**14  # set in a request and in all parts of it; a list of numbers is one
@@ -103,9 +104,10 @@ class MessageLimits(grpc.aio.ServerInterceptor):
 
         async def collect(messages: AsyncIterator[bytes], context: Context) -> Any:
             async def parsed() -> AsyncIterator[Any]:  # within the handler, which answers errors
-                async for data in messages:
-                    with self._held(data):
-                        yield await self._parse(data, kind)
+                async with read_rest(messages):
+                    async for data in messages:
+                        with self._held(data):
+                            yield await self._parse(data, kind)
 
             return await handler.stream_unary(parsed(), context)
 

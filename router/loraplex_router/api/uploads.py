@@ -2,13 +2,29 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
 
 from loraplex_protos import generation_pb2 as pb
-from loraplex_protos.errors import DeadlineError, FieldViolation, InvalidRequestError
+from loraplex_protos.errors import DeadlineError, FieldViolation, InvalidRequestError, LoraplexError
 from loraplex_router.replicas.uploads import Announcement
 
 SECONDS = 600.0  # for all of an upload
 MAX_FILES = 64
+REST_SECONDS, MOST_REST = 1.0, 64  # for messages that a refused client still sends
+
+
+@asynccontextmanager
+async def read_rest(messages: AsyncIterator[object]) -> AsyncIterator[None]:
+    """A context whose LoraplexErrors wait until the client has sent the rest, if that is little: gRPC's Python client
+    may report an internal error instead of the refusal if it comes while the client sends."""
+    try:
+        yield
+    except LoraplexError:
+        with suppress(LoraplexError, StopAsyncIteration, TimeoutError):
+            async with asyncio.timeout(REST_SECONDS):
+                for _ in range(MOST_REST):
+                    await anext(aiter(messages))
+        raise
 
 
 async def receive(data: AsyncIterator[bytes], size: int) -> memoryview:
