@@ -14,7 +14,7 @@ from loraplex_router.batches.batches import FILE_SECONDS, Batches, shown
 from loraplex_router.batches.bucket_job import BucketJob
 from loraplex_router.batches.lease import Lease
 from loraplex_router.batches.objects import Objects
-from loraplex_router.batches.records import BatchRecord, FileRecord
+from loraplex_router.batches.records import BatchRecord, FileRecord, newest_first
 
 CLOCK_SECONDS = 60.0  # after which the store's clock is looked at again
 FORGOTTEN_SECONDS = 3600  # after which a batch is forgotten that has no record, since its router died
@@ -44,8 +44,7 @@ class BatchBucket(Batches):
     # ---- files -----------------------------------------------------------------------------------------------
 
     def files(self, tenant: str) -> list[FileRecord]:
-        found = self._records(layout.files(tenant), FileRecord)
-        return sorted(found, key=lambda each: (each.created_at, each.id), reverse=True)
+        return newest_first(self._records(layout.files(tenant), FileRecord))
 
     def content(self, tenant: str, id: str) -> Iterator[bytes]:
         return self.read(tenant, id, piece=DOWNLOAD_PIECE)
@@ -106,7 +105,7 @@ class BatchBucket(Batches):
         if not all(each.status.final for each in found):
             asked = {object.path: object.modified for object in self.objects.list(layout.OPEN)}
         records = [shown(each, asked.get(layout.cancel(each.id))) for each in found]
-        return sorted(records, key=lambda each: (each.created_at, each.id), reverse=True)
+        return newest_first(records)
 
     def _count_batches(self, tenant: str) -> int:
         return sum(1 for _ in self.objects.list(layout.batches(tenant)))

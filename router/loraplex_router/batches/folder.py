@@ -22,7 +22,7 @@ from loraplex_protos.errors import UnavailableError
 from loraplex_router.access.replaced_file import replace_file
 from loraplex_router.batches.batches import FILE_SECONDS, Batches, shown, tenant_folder
 from loraplex_router.batches.folder_job import FolderJob
-from loraplex_router.batches.records import BatchRecord, FileRecord
+from loraplex_router.batches.records import BatchRecord, FileRecord, newest_first
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -45,12 +45,12 @@ class BatchFolder(Batches):
 
     def files(self, tenant: str) -> list[FileRecord]:
         found = [_read(path, FileRecord) for path in (self._tenant(tenant) / "files").glob("*/record.json")]
-        return sorted((each for each in found if each), key=lambda each: (each.created_at, each.id), reverse=True)
+        return newest_first(each for each in found if each)
 
     def batches(self, tenant: str) -> list[BatchRecord]:
         found = [_read(path, BatchRecord) for path in (self._tenant(tenant) / "batches").glob("*.json")]
         records = [self._shown(tenant, each) for each in found if each]
-        return sorted(records, key=lambda each: (each.created_at, each.id), reverse=True)
+        return newest_first(records)
 
     def content(self, tenant: str, id: str) -> Path:
         return self._file(tenant, id) / "content"

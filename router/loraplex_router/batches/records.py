@@ -1,8 +1,9 @@
 """What is written down about files and batches. The field names are OpenAI's."""
 
 import secrets
+from collections.abc import Iterable
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -99,3 +100,11 @@ def new_file_id() -> str:
 
 def new_batch_id() -> str:
     return f"batch_{secrets.token_hex(12)}"
+
+
+R = TypeVar("R", FileRecord, BatchRecord)
+
+
+def newest_first(records: Iterable[R]) -> list[R]:
+    """As lists show them."""
+    return sorted(records, key=lambda each: (each.created_at, each.id), reverse=True)

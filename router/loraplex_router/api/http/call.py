@@ -12,6 +12,7 @@ from starlette.types import Receive
 from loraplex_protos.errors import FieldViolation, InvalidRequestError
 from loraplex_router.access.keys import read_bearer
 from loraplex_router.journal.stream import Stream
+from loraplex_router.service.requests import new_session
 from loraplex_router.service.service import Service
 from loraplex_router.vocabulary.checks import REQUEST_ID
 from loraplex_router.vocabulary.request import ClassifyRequest, EmbedRequest
@@ -55,7 +56,7 @@ async def _read_call(http: Request) -> RouteCall:
     service: Service = http.app.state.service
     request_id, key = http.headers.get("x-request-id", ""), key_of(http.headers)
     usable = REQUEST_ID.fullmatch(request_id) is not None and not service.is_running(request_id, key)
-    session = http.headers.get("x-session-id") or secrets.token_hex(8)
+    session = http.headers.get("x-session-id") or new_session()
     last_event_id = http.headers.get(LAST_EVENT_ID, "")
     background = BACKGROUND.search(http.headers.get("priority", "")) is not None
     request_id = request_id if usable else secrets.token_hex(8)
