@@ -35,7 +35,7 @@ class Batch:
 
     async def audit(self) -> list[str]:
         """Waits for the end. Returns what is wrong, in words: each line must be answered once, as alone."""
-        client = self._clients[-1]
+        client, batch = self._clients[-1], None
         try:
             async with asyncio.timeout(END_SECONDS):
                 while (batch := await client.batches.retrieve(self._id)).status != "completed":
@@ -44,7 +44,7 @@ class Batch:
             rows = [json.loads(row) for row in (await client.files.content(batch.output_file_id)).text.splitlines()]
             alone = [(await client.completions.create(**_body(number))).choices[0].text for number in range(len(LOCAL))]
         except (TimeoutError, APIError) as error:
-            return [f"the batch: {type(error).__name__}: {error}"]
+            return [f"the batch: {type(error).__name__}: {error}; it was {batch}"]
         finally:
             await asyncio.gather(*(each.close() for each in self._clients))
         counts = Counter(int(row["custom_id"]) for row in rows)

@@ -1,6 +1,7 @@
 """The engine's loop over shards without a model: pipelining, failures, adapters that load at the same time."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -25,6 +26,7 @@ from loraplex_router.adapters.registry_file import RegistryFile
 from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.api.http.app import create_app
 from loraplex_router.engine.delta import Delta
+from loraplex_router.engine.engine import QUIET_SECONDS
 from loraplex_router.engine.generation import Generation
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Limits
@@ -46,7 +48,7 @@ from loraplex_router.vocabulary.chat import ChatTemplates
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
-from loraplex_router.vocabulary.sequence import Detail, FinishReason
+from loraplex_router.vocabulary.sequence import Detail, FinishReason, Plan
 from tests.router.fake_shards import VOCABULARY, FakeShards
 from tests.router.test_text import TOKENIZER
 
@@ -358,6 +360,23 @@ async def test_a_background_plan_is_alone_in_flight_and_begins_when_nothing_else
     assert {count for is_background, count in sent if is_background} == {1}
     assert {count for is_background, count in sent if not is_background} == {1, 2}
     assert [is_background for is_background, _ in sent[-20:]] == [True] * 20
+
+
+async def test_a_background_plan_begins_although_its_time_comes_while_another_plan_is_sought(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+):
+    schedule = setup.engine._scheduler.schedule
+
+    def schedule_slowly(background: bool) -> Plan | None:
+        plan = schedule(background)
+        if plan is None:
+            time.sleep(QUIET_SECONDS)
+        return plan
+
+    await setup.answer(50)
+    monkeypatch.setattr(setup.engine._scheduler, "schedule", schedule_slowly)
+    async with asyncio.timeout(10):
+        assert await setup.answer(10, background=True) == list(range(11, 16))
 
 
 async def test_background_requests_leave_half_of_the_queue_to_others():

@@ -165,7 +165,8 @@ class Engine:
             await self._until_next_plan_is_due()
             began = time.perf_counter()
             self._transfers.begin()
-            plan = self._scheduler.schedule(background=self._seconds_to_background() <= 0)
+            to_background = self._seconds_to_background()
+            plan = self._scheduler.schedule(background=to_background <= 0)
             if plan is not None:
                 self._mark_started(plan)
                 request = encode_plan(plan, self._steps)
@@ -180,7 +181,7 @@ class Engine:
             if len(self._in_flight) == DEPTH or (self._in_flight and plan is None):
                 await self._apply_next()
             elif plan is None:
-                await self._until_something_is_to_be_done()
+                await self._until_something_is_to_be_done(to_background)
             self._wakeup.clear()
         raise self._transfers.lost
 
@@ -197,10 +198,11 @@ class Engine:
         most."""
         return inf if self._in_flight else self._quiet_since + QUIET_SECONDS - time.monotonic()
 
-    async def _until_something_is_to_be_done(self) -> None:
-        seconds = self._seconds_to_background() if self._scheduler.background else 0.0
+    async def _until_something_is_to_be_done(self, to_background: float) -> None:
+        """`to_background`: what the last call of `schedule` went by; meanwhile the time may have come."""
+        waits = self._scheduler.background and to_background > 0
         with suppress(TimeoutError):
-            async with asyncio.timeout(seconds if seconds > 0 else None):
+            async with asyncio.timeout(to_background if waits else None):
                 await self._wakeup.wait()
 
     def _receiving(self) -> asyncio.Task[pb.StepResponse]:
