@@ -22,7 +22,7 @@ from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.records import Record, decode, encode_tokens
 from loraplex_router.journal.redis_store import RedisStore
 from loraplex_router.journal.stores import MemoryStore, Store
-from loraplex_router.store.redis_server import RedisServer
+from loraplex_router.store.redis_server import CONNECTIONS, RedisServer
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.vocabulary.chat import ChatTemplates
 from tests.redis_server import redis_server
@@ -333,6 +333,26 @@ async def test_a_call_to_the_redis_server_can_be_cancelled_at_any_time(tmp_path:
             await asyncio.wait([calling])
             assert calling.cancelled() == in_time
             await server.aclose()
+
+
+@needs_redis
+async def test_many_calls_share_a_few_connections_of_the_redis_server_also_after_it_has_hung(tmp_path: Path):
+    with redis_server(tmp_path) as (url, process):
+        server = RedisServer(url)
+
+        async def count() -> list[int]:
+            answers = await asyncio.gather(*(server.run([("INCR", "a")]) for _ in range(300)))
+            return [answer for (answer,) in answers]
+
+        assert sorted(await count()) == list(range(1, 301))
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(UnavailableError, match="does not answer"):
+            await count()
+        process.send_signal(signal.SIGCONT)
+        assert len(await count()) == 300
+        (clients,) = await server.run([("CLIENT", "LIST")])
+        assert len(clients.splitlines()) <= CONNECTIONS
+        await server.aclose()
 
 
 @needs_redis

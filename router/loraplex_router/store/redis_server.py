@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 from loraplex_protos.errors import UnavailableError
 
 PREFIX = "loraplex:"  # of all keys
-TIMEOUT = 1.0  # seconds
+TIMEOUT = 1.0  # seconds, of which some may be spent waiting for a connection
+CONNECTIONS = 16  # at most, which are kept
 
 Command: TypeAlias = tuple[str | bytes | int | float, ...]
 
@@ -17,11 +18,14 @@ class RedisServer:
     """`url`: redis://HOST:PORT/DATABASE, rediss:// for TLS, or unix://PATH."""
 
     def __init__(self, url: str) -> None:
-        from redis.asyncio import Redis  # routers without it start faster
+        from redis.asyncio import BlockingConnectionPool, Redis  # routers without it start faster
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
-        self._redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0))
+        pool = BlockingConnectionPool.from_url(
+            url, max_connections=CONNECTIONS, timeout=None, retry=Retry(NoBackoff(), 0)
+        )
+        self._redis = Redis.from_pool(pool)
         self.router = secrets.token_hex(8)  # this router's name among those that share the server
         self.fails = False  # whether it did when it was asked last
 
