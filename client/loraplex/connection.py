@@ -18,6 +18,12 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),  # both less than the pauses between attempts
     ("grpc.max_reconnect_backoff_ms", 200),
     ("grpc.max_receive_message_length", -1),  # alternatives for every token can exceed gRPC's default of 4 MiB
+    # While a call waits, silence is questioned: the server's host may be gone, or a NAT may have forgotten the
+    # connection. One that rests is closed before load balancers and NATs forget it, after four minutes (Azure) or more.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),  # no limit: a client that waits sends nothing else
+    ("grpc.client_idle_timeout_ms", 120_000),
 )
 
 HTTPS = "https://"

@@ -26,6 +26,8 @@ def typed_error(failure: grpc.RpcError, server: str) -> LoraplexError:
             return UnavailableError(_why_not_connected(message, server))
         if "Socket closed" in message or "Connection reset" in message:
             return UnavailableError(f"the connection to {server} was lost: the server stopped, or a proxy closed it")
+        if message == "ping timeout" or "Connection timed out" in message:
+            return UnavailableError(f"the connection to {server} was lost: nothing comes from there any more")
     return error
 
 

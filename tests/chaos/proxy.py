@@ -31,8 +31,8 @@ class Proxy:
         call.add_done_callback(self._calls.discard)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self.joined.wait()
         with contextlib.closing(writer), contextlib.suppress(OSError):
+            await self.joined.wait()
             there, back = await asyncio.open_connection("127.0.0.1", self._target)
             await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
 

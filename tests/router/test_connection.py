@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import socket
+import sys
 from collections.abc import AsyncIterator, Iterator
 from hashlib import sha256
 
@@ -18,10 +20,11 @@ from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.generation_pb2_grpc import GenerationServiceServicer, GenerationServiceStub
 from loraplex_router.access.keys import Keys, TenantSettings
 from loraplex_router.api import sending
-from loraplex_router.api.grpc import GrpcServer
+from loraplex_router.api.grpc import SERVER_OPTIONS, GrpcServer
 from loraplex_router.api.http import connection
 from loraplex_router.api.http.body_limit import MOST_BODIES, BodyLimit
 from loraplex_router.api.http.connection import MAX_HEADERS, MAX_PIPELINED, TOO_MANY, Connection
+from tests.chaos.proxy import Proxy
 
 LIMIT = 1000
 ENDED = asyncio.Event()  # an answer without an end has ended
@@ -223,6 +226,21 @@ async def test_a_client_that_does_not_read_is_given_up(port: int):
     writer.close()
 
 
+async def test_the_system_gives_up_http_clients_whose_host_is_gone(port: int, monkeypatch: pytest.MonkeyPatch):
+    made, options = Connection.connection_made, list[int]()
+
+    def look(self: Connection, transport: asyncio.Transport) -> None:
+        made(self, transport)
+        of = transport.get_extra_info("socket").getsockopt
+        options.append(of(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+        if sys.platform == "linux":
+            options.append(of(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+
+    monkeypatch.setattr(Connection, "connection_made", look)
+    await send(port, post(b"x"))
+    assert options == [1, 200][: len(options)] != []
+
+
 async def test_a_grpc_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sending, "READ_SECONDS", 0.2)
     ended = asyncio.Event()
@@ -244,6 +262,32 @@ async def test_a_grpc_client_that_does_not_read_is_given_up(monkeypatch: pytest.
         with pytest.raises(grpc.aio.AioRpcError, match="the client has read nothing"):
             while await call.read():
                 pass
+    await server.stop(0)
+
+
+async def test_a_grpc_client_whose_host_is_gone_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    soon = {"grpc.keepalive_time_ms": 100, "grpc.http2.ping_timeout_ms": 100}
+    options = tuple((name, soon.get(name, value)) for name, value in SERVER_OPTIONS)
+    monkeypatch.setattr("loraplex_router.api.grpc.SERVER_OPTIONS", options)
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    class Slow(GenerationServiceServicer):
+        async def Generate(self, request, context):
+            try:
+                begun.set()
+                await asyncio.sleep(600)
+            finally:
+                ended.set()
+
+    server = GrpcServer(Slow(), LIMIT)
+    proxy = await Proxy(await server.start("127.0.0.1", 0)).start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}") as channel:
+        call = GenerationServiceStub(channel).Generate(pb.GenerateRequest())
+        await asyncio.wait_for(begun.wait(), 60)
+        proxy.joined.clear()
+        await asyncio.wait_for(ended.wait(), 60)
+        call.cancel()
+    await proxy.close()
     await server.stop(0)
 
 

@@ -49,6 +49,10 @@ SERVER_OPTIONS = (
     ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a limit holds for a message as it arrives
     # Clients and proxies may ping as often as they like: the penalty is to lose the connection, and all calls on it.
     ("grpc.http2.max_ping_strikes", 0),
+    # A client whose host is gone cannot cancel its calls: pings that stay unanswered end them.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),  # no limit: an answer may take long to begin
     # Clients connect anew every ten minutes, without harm to calls in progress: only then do they look for new routers.
     ("grpc.max_connection_age_ms", 600_000),
     ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a lottery
