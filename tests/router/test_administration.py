@@ -184,6 +184,19 @@ async def test_a_pin_that_is_unloaded_is_gone(cluster: Cluster):
     assert not cluster.holders("digest of a")
 
 
+async def test_an_adapter_that_is_about_to_leave_is_pinned_once_it_is_staged_again(cluster: Cluster):
+    with await cluster.replicas.place(A) as lease:
+        unloading = asyncio.create_task(cluster.administration.unload(A, wait=True))
+        while not lease.adapter.leaving:
+            await asyncio.sleep(0)
+        pinning = asyncio.create_task(cluster.administration.pin(A))
+        for _ in range(5):
+            await asyncio.sleep(0)
+    async with asyncio.timeout(60):
+        await unloading
+        assert (await pinning).pinned
+
+
 async def test_pins_of_a_lost_replica_move_to_another(cluster: Cluster):
     await cluster.administration.pin(A)
     second = cluster.join("second")

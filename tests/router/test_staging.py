@@ -1,6 +1,7 @@
 """Staging adapters: merged ones once, by content, while their parts are kept; eviction and staging again."""
 
 import asyncio
+from collections.abc import Callable
 from hashlib import sha256
 
 import pytest
@@ -29,6 +30,8 @@ class Shards:
         self.room = 1000  # adapters
         self.may_merge = asyncio.Event()
         self.may_merge.set()
+        self.links: dict[str, str] = {}  # of ids to those whose content they have
+        self.late: dict[str, asyncio.Event] = {}  # ids whose answer comes when it is set, although they are staged
 
     async def stage(self, reference: AdapterReference) -> StagedAdapter:
         if reference.id == "missing":
@@ -36,8 +39,12 @@ class Shards:
         self.calls.append(f"stage {reference.id}")
         self.revisions.append(reference.revision)
         await asyncio.sleep(0)
-        digest = sha256(f"{reference.id}{self.versions.get(reference.id)}".encode()).hexdigest()
-        return self._hold(StagedAdapter(digest, "local", reference.revision or self.revision, 8, 10, 12))
+        id = self.links.get(reference.id, reference.id)
+        digest = sha256(f"{id}{self.versions.get(id)}".encode()).hexdigest()
+        staged = self._hold(StagedAdapter(digest, "local", reference.revision or self.revision, 8, 10, 12))
+        if reference.id in self.late:
+            await self.late[reference.id].wait()
+        return staged
 
     async def upload(self, upload: Upload) -> StagedAdapter:
         raise NotImplementedError
@@ -216,3 +223,58 @@ async def test_another_replica_stages_the_revision_that_was_resolved(shards: Sha
     await second.read_again(A)
     assert shards.revisions[-1] == ""
     await first.resolve(A)
+
+
+async def test_who_wants_what_is_about_to_leave_does_not_wait_for_it_to_make_room(shards: Shards) -> None:
+    staging = Staging(shards)
+    shards.room = 2
+    shards.may_merge.clear()
+    merging = asyncio.create_task(staging.resolve(MergedReference((A, B))))
+    await until(lambda: len(staging.pool) == 2 and all(adapter.leases for adapter in staging.pool))
+    first = next(iter(staging.pool))
+    unloading = asyncio.create_task(staging.unload(first))
+    await until(lambda: first.leaving)
+    async with asyncio.timeout(60):
+        with pytest.raises(OverloadedError, match="no room"):
+            await staging.resolve(AdapterReference("c"))
+        shards.may_merge.set()
+        with pytest.raises(OverloadedError, match="no room"):
+            await merging
+        await unloading
+    assert len(shards.staged) == len(staging.pool) == 1
+
+
+async def test_who_holds_what_is_about_to_leave_gets_it_again_by_any_name(shards: Shards) -> None:
+    staging = Staging(shards)
+    shards.links["also a"] = "a"
+    held = await staging.resolve(A)
+    held.leases += 1
+    unloading = asyncio.create_task(staging.unload(held))
+    await until(lambda: held.leaving)
+    async with asyncio.timeout(60):
+        assert await staging.resolve(A) is await staging.resolve(AdapterReference("also a")) is held
+        merged = await staging.resolve(MergedReference((A, B)))
+        assert not unloading.done()
+        held.leases -= 1
+        staging.changes.notify()
+        await unloading
+    assert held.digest not in shards.staged and merged.digest in shards.staged
+
+
+async def test_what_is_unstaged_before_its_last_rank_has_answered_is_staged_again(shards: Shards) -> None:
+    staging = Staging(shards)
+    shards.links["also a"] = "a"
+    shards.late["also a"] = asyncio.Event()
+    adapter = await staging.resolve(A)
+    asking = asyncio.create_task(staging.resolve(AdapterReference("also a")))
+    await until(lambda: "stage also a" in shards.calls)
+    await staging.unload(adapter)
+    shards.late["also a"].set()
+    again = await asking
+    assert again is not adapter and shards.staged == {again.digest} == {adapter.digest}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0)

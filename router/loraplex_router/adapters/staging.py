@@ -1,7 +1,8 @@
 """Stages one replica's adapters into host memory and unstages them. The engine loads them onto the device."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 
 from loraplex_protos.errors import AdapterSourceError, FieldViolation, InvalidRequestError, OverloadedError, quote
 from loraplex_router.adapters.resolutions import Entry, Resolutions
@@ -45,6 +46,7 @@ class AdapterStaging:
         self._changes = changes
         self._staging: dict[str, tuple[Reference, asyncio.Task[Adapter]]] = {}  # by the reference's key
         self._unstaging: dict[str, asyncio.Task[None]] = {}  # by digest
+        self._noting: dict[object, set[str]] = {}  # see _noting_unstaged
         self._slots = FairSlots(AT_A_TIME)
         self._closed = False
 
@@ -104,8 +106,10 @@ class AdapterStaging:
         self._changes.notify()
 
     def _staged(self, digest: str) -> Adapter | None:
+        """What can be used. So can what is about to leave while requests in preparation hold it: one that asks for it
+        may be among them, and would wait for itself."""
         adapter = self._pool.get(digest)
-        return None if adapter is None or adapter.leaving else adapter
+        return None if adapter is None or (adapter.leaving and not adapter.leases) else adapter
 
     async def _once(
         self, key: str, reference: Reference, work: Callable[[], Coroutine[None, None, Adapter]]
@@ -124,10 +128,7 @@ class AdapterStaging:
         return await self._stage(reference, self._resolutions.fixed(reference), tenant)
 
     async def _stage(self, reference: AdapterReference, source: AdapterReference | Upload, tenant: str) -> Adapter:
-        staged = await self._with_room(lambda: self._fetch(source), tenant)
-        while unstaging := self._unstaging.get(staged.digest):  # it leaves, or was dropped meanwhile
-            await asyncio.wait([unstaging])
-            staged = await self._with_room(lambda: self._fetch(source), tenant)
+        staged = await self._on_shards(lambda: self._fetch(source), tenant)
         await self._check_room(staged)
         if reference.version is not None and reference.version.digest not in ("", staged.digest):
             known = AdapterReference(source.id, source.source) if isinstance(source, Upload) else source
@@ -155,17 +156,37 @@ class AdapterStaging:
                     raise InvalidRequestError(FieldViolation(f"merged_adapters.adapters[{place}].id", why))
             digests = [part.digest for part in parts]
             digest = merged_digest(digests, merged)
-            while unstaging := self._unstaging.get(digest):
-                await asyncio.wait([unstaging])
             origins = {part.digest: each.origin for part, each in zip(parts, merged.adapters, strict=True)}
             uploads = {digest: origin for digest, origin in origins.items() if isinstance(origin, Upload)}
-            staged = await self._with_room(lambda: self._shards.merge(digest, digests, merged, uploads), tenant)
+            staged = await self._on_shards(lambda: self._shards.merge(digest, digests, merged, uploads), tenant)
         finally:
             for part in parts:
                 part.leases -= 1
             self._changes.notify()
         await self._check_room(staged)
         return self._add(merged, Entry(",".join(ids_of(merged)), "merged", "", digest), staged)
+
+    async def _on_shards(self, bring: Callable[[], Coroutine[None, None, StagedAdapter]], tenant: str) -> StagedAdapter:
+        """Runs `bring` until all shards have the adapter: again, if it was unstaged meanwhile."""
+        while True:
+            with self._noting_unstaged() as unstaged:
+                staged = await self._with_room(bring, tenant)
+            if self._staged(staged.digest) is not None:
+                return staged
+            if unstaging := self._unstaging.get(staged.digest):
+                await asyncio.wait([unstaging])
+            elif staged.digest not in unstaged:
+                return staged
+
+    @contextmanager
+    def _noting_unstaged(self) -> Iterator[set[str]]:
+        """The digests that were unstaged since the context began."""
+        key = object()
+        self._noting[key] = unstaged = set[str]()
+        try:
+            yield unstaged
+        finally:
+            del self._noting[key]
 
     async def _with_room(self, bring: Callable[[], Coroutine[None, None, StagedAdapter]], tenant: str) -> StagedAdapter:
         """Runs `bring`. While the shards have no room for the adapter, unneeded adapters are unstaged, one by one."""
@@ -176,10 +197,14 @@ class AdapterStaging:
             except OverloadedError:
                 if adapter := self._pool.least_needed():
                     await self.unload(adapter)
-                elif self._unstaging:  # room is being made
-                    await asyncio.wait(self._unstaging.values(), return_when=asyncio.FIRST_COMPLETED)
-                else:
+                elif leaving := [task for digest, task in self._unstaging.items() if not self._is_wanted(digest)]:
+                    await asyncio.wait(leaving, return_when=asyncio.FIRST_COMPLETED)
+                else:  # those who want what is about to leave may wait for this adapter, too
                     raise
+
+    def _is_wanted(self, digest: str) -> bool:
+        adapter = self._pool.get(digest)
+        return adapter is not None and adapter.wanted
 
     async def _check_room(self, staged: StagedAdapter) -> None:
         """See AdapterPool.check_room. An adapter that is refused is unstaged."""
@@ -208,8 +233,13 @@ class AdapterStaging:
     def _forget(self, digest: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Begins work that unstages the digest."""
         task = self._unstaging[digest] = asyncio.create_task(work)
-        task.add_done_callback(lambda _: self._unstaging.pop(digest))
+        task.add_done_callback(lambda _: self._unstaged(digest))
         return task
+
+    def _unstaged(self, digest: str) -> None:
+        del self._unstaging[digest]
+        for noted in self._noting.values():
+            noted.add(digest)
 
     async def _unstage_alone(self, adapter: Adapter) -> None:
         await self._changes.until(lambda: self._closed or not adapter.needed)

@@ -116,6 +116,9 @@ class Administration:
         if isinstance(name, AdapterReference):
             with await self._replicas.place(name) as lease:
                 replica, adapter = lease.replica, lease.adapter
+            if adapter.leaving:  # others hold it still
+                await replica.adapters.unload(adapter)
+                return await self.pin(name)
         else:
             holders = [holder for holder in holders_of(self._replicas, name) if not holder[1].leaving]
             if not holders:
