@@ -103,7 +103,7 @@ IMPORTED_BY: dict[str, set[str]] = {
 # same floor.
 FLOORS = {
     "loraplex_router": (
-        {"vocabulary", "store", "fair_slots"},
+        {"vocabulary", "store", "fair_slots", "loops"},
         {"text", "wire", "access"},
         {"engine", "settings"},
         {"adapters"},

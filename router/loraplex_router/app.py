@@ -9,7 +9,8 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from typing import TypeAlias
 
 import uvicorn
@@ -34,6 +35,7 @@ from loraplex_router.batches.runner import BatchRunner
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.redis_store import RedisStore
 from loraplex_router.journal.stores import MemoryStore
+from loraplex_router.loops import keep_running
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.connections import Connections, Supervisor
 from loraplex_router.replicas.declarations import Declarations
@@ -142,16 +144,12 @@ class Router:
             grpc_port = await self._grpc.start(self._settings.host, self._settings.grpc_port)
             logger.info("listening on port %d (gRPC) and port %d (HTTP)", grpc_port, http_port)
             work = asyncio.create_task(self._work(lambda names: ready(http_port, grpc_port, self._service.info, names)))
-            stop = asyncio.create_task(self._stopped())
             try:
-                await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
-                if work.done():
-                    await work
+                await self._stop.wait()
                 await self._drain()
             finally:
                 self._replicas.fail_all(UnavailableError("the server is shutting down"))
                 work.cancel()
-                stop.cancel()
                 # Both waits are limited: after SIGTERM the process must exit.
                 await asyncio.wait([work, asyncio.create_task(self._grpc.stop(grace=1.0))], timeout=STOP_SECONDS)
                 await self._service.aclose()
@@ -160,18 +158,18 @@ class Router:
         return self._given_up
 
     async def _work(self, ready: Callable[[list[str]], None]) -> None:
-        followed = [file.follow() for file in (self._key_file, self._registry_file, self._tls) if file]
-        followed += [each.run() for each in (self._journal, self._limits, self._batches) if each]
-        await asyncio.gather(
-            self._connections.run(),
-            self._prefetching.run(),
-            self._tell_health(),
-            self._restore_pins(),
-            self._usage.run(),
-            self._service.requests.spend(),
-            self._announce(ready),
-            *followed,
-        )
+        loops: list[Callable[[], Awaitable[None]]] = [
+            self._connections.run,
+            self._prefetching.run,
+            self._tell_health,
+            self._restore_pins,
+            self._usage.run,
+            self._service.requests.spend,
+            partial(self._announce, ready),
+        ]
+        loops += [file.follow for file in (self._key_file, self._registry_file, self._tls) if file]
+        loops += [each.run for each in (self._journal, self._limits, self._batches) if each]
+        await asyncio.gather(*map(keep_running, loops))
 
     def _interrupt(self) -> None:
         if self._stop.is_set():
@@ -180,9 +178,6 @@ class Router:
         else:
             self._given_up = not self._replicas.ready.is_set()
         self._stop.set()
-
-    async def _stopped(self) -> None:
-        await self._stop.wait()
 
     async def _announce(self, ready: Callable[[list[str]], None]) -> None:
         await self._replicas.ready.wait()

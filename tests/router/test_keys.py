@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from loraplex_protos.errors import ForbiddenError, RateLimitedError, Unauthentic
 from loraplex_router.access import followed_file
 from loraplex_router.access.key_file import KeyFile, KeyFileError, read_tenants
 from loraplex_router.access.keys import Keys, TenantSettings, read_bearer
+from loraplex_router.access.strict_yaml import read_yaml
 from loraplex_router.access.tenant import Allowance, Remaining, Tenant
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 
@@ -249,6 +251,9 @@ def test_a_key_file_is_yaml_or_json(tmp_path: Path) -> None:
         ("tenants:\n  acme: [SECRET", "neither YAML nor JSON in line "),
         (f"{YAML}\n  operator:\n    keys: [SECRET]", "repeats a name in the mapping that begins in line "),
         ("\x00SECRET", "neither YAML nor JSON"),
+        (YAML.replace("8", "2026-02-30"), "an impossible value, such as a date that does not exist, in line 6"),
+        (YAML.replace("true", "!!bool SECRET"), "an impossible value, such as a date that does not exist, in line 10"),
+        ("tenants: !!map SECRET", "neither YAML nor JSON in line 1"),
     ],
 )
 def test_errors_of_key_files_name_the_place_without_showing_the_content(tmp_path: Path, text: str, fault: str) -> None:
@@ -258,6 +263,18 @@ def test_errors_of_key_files_name_the_place_without_showing_the_content(tmp_path
         read_tenants(path)
     assert fault in str(refusal.value)
     assert "SECRET" not in str(refusal.value)
+
+
+KINDS = "bool", "int", "float", "null", "timestamp", "binary", "str", "map", "seq", "set", "omap", "pairs", "x"
+TAGS = ["", *(f"!!{kind} " for kind in KINDS)]
+VALUES = "maybe", "2026-02-30", "9" * 5000, "0b", "'_'", "[x]", "{x: y}", "*a", "&a x", "<<", "=", ""
+
+
+@given(st.lists(st.tuples(st.sampled_from(TAGS), st.sampled_from(VALUES) | st.text(max_size=4)), max_size=4))
+def test_whatever_stands_in_a_file_of_yaml_is_read_or_an_error_of_yaml(values: list[tuple[str, str]]) -> None:
+    text = "\n".join(f"{number}: {tag}{value}" for number, (tag, value) in enumerate(values))
+    with suppress(yaml.YAMLError, UnicodeDecodeError):
+        read_yaml(text.encode())
 
 
 def test_a_missing_key_file_is_named(tmp_path: Path) -> None:
@@ -293,9 +310,11 @@ async def test_a_key_file_is_reread_when_it_changes_and_ignored_while_it_is_inva
     acme = file.keys.tenant("old")
     acme.begin(0.0)
     following = asyncio.create_task(file.follow())
-    write("{")
-    await asyncio.sleep(0.05)
-    assert known("old")
+    for wrong in ("{", "tenants: 2026-02-30"):
+        write(wrong)
+        await until(lambda wrong=wrong: file._file.seen == file._file.state())
+        await asyncio.sleep(0.05)
+        assert known("old") and not following.done()
     write(document("new", max_requests=1))
     await until(lambda: known("new"))
     assert not known("old") and file.keys.tenant("new") is acme

@@ -86,6 +86,18 @@ async def test_a_few_are_fetched_at_a_time_and_the_listing_says_how_far(cluster:
     await until(lambda: len(fetched(cluster)) == 3)
 
 
+async def test_replicas_may_leave_while_what_is_fetched_is_looked_through(cluster: Cluster) -> None:
+    second = cluster.join("second")
+    register(cluster, "org/a", "org/b")
+    await until(lambda: all(len(results(cluster, f"name-{number}@1")) == 2 for number in range(2)))
+    for replica in (cluster.replica, second):
+        updating = asyncio.create_task(cluster.prefetching._update())
+        await asyncio.sleep(0)  # it has begun with a replica
+        cluster.replicas.remove(replica)
+        await updating
+    await until(lambda: not cluster.prefetching._work)
+
+
 async def test_requests_go_first(cluster: Cluster) -> None:
     cluster.shards.stages_held.clear()
     asking = asyncio.create_task(cluster.answer(1, adapter="b"))

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
 import re
 import tempfile
 import threading
@@ -186,6 +188,14 @@ def read_content(content: object):
         ("adapters:\n  x: {1: {id: a}}\n  x: {1: {id: b}}", "line 2: 'x' is there twice"),
         ("adapters: {x: {1: {id: a}, 1: {id: b}}}", "'1' is there twice"),
         ("adapters: [", "is not YAML in line"),
+        (
+            "adapters:\n  x: {1: {id: a, revision: 2026-02-30}}",
+            "in line 2: a value is read as !!timestamp, .* in quotes",
+        ),
+        (
+            "adapters: {x: {1: {id: a, revision: !!bool maybe}}}",
+            "in line 1: a value is read as !!bool, which it is not",
+        ),
         ("adapters: " + "[" * 200_000, "is not YAML: it is nested too deeply"),
         ("adapters: !!python/object/apply:os.system [ls]", "is not YAML in line 1"),
         ("- x", "the file: "),
@@ -242,6 +252,12 @@ def test_a_long_file_is_read_in_a_process_of_its_own_with_the_same_result(
             return error.message
 
     monkeypatch.setattr(registry_process, "SHORT", 0)
+    assert read(registry_process.read_beside) == read(read_registry)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(registry_process.subprocess, "run", refuse)  # a limit on processes is reached
     assert read(registry_process.read_beside) == read(read_registry)
 
 
@@ -407,6 +423,37 @@ async def test_a_request_of_several_adapters_names_them_as_asked(cluster: Cluste
     for generation in generations:
         await generation.collect()
         cluster.service.requests.close(generation)
+
+
+@pytest.mark.parametrize("kept", ["{id: a, source: local}", None])
+async def test_a_pinned_name_whose_new_version_cannot_be_served_is_followed_when_it_can(
+    tmp_path: Path, kept: str | None
+):
+    def text(second: str) -> str:
+        return "adapters:\n  sql:\n" + (f"    1: {kept}\n" if kept else "") + f"    2: {second}\n"
+
+    def pinned() -> set[str]:
+        return {
+            entry.id
+            for entry in cluster.resolutions
+            for each in cluster.holders(entry.digest)
+            if each.pool.get(entry.digest).pinned
+        }
+
+    cluster = Cluster(registry_file=write(tmp_path, "adapters: {sql: {1: {id: a, source: local}}}"))
+    file = cluster.registry_file
+    await cluster.administration.pin(cluster.registry.resolve_one(AdapterReference("sql"), None))
+    write(tmp_path, text("{id: b, digest: 5f3c}"))
+    await file.look()
+    assert not cluster.registry.fault and cluster.registry.find("sql").number == 2
+    assert len(await cluster.answer(1, adapter="c")) == 5  # other names are served
+    write(tmp_path, text("{id: b}"))
+    await file.look()
+    cluster.administration.follow_pins()
+    while cluster.administration._working:
+        await asyncio.sleep(0)
+    assert pinned() == {"sql@2"}
+    await cluster.close()
 
 
 async def test_a_pin_moves_with_the_alias_that_was_pinned_and_stays_with_a_version(cluster: Cluster):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from loraplex_protos.errors import UnavailableError
 from loraplex_router.access.keys import TenantSettings
+from loraplex_router.engine.generation import Generation
 from loraplex_router.journal import stores
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.records import Record, decode, encode_tokens
@@ -46,8 +47,10 @@ STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @asynccontextmanager
-async def router(store: Store, tenants: Mapping[str, TenantSettings] | None = None) -> AsyncIterator[Setup]:
-    journal = Journal(store, seconds=60)
+async def router(
+    store: Store, tenants: Mapping[str, TenantSettings] | None = None, journal: type[Journal] = Journal
+) -> AsyncIterator[Setup]:
+    journal = journal(store, seconds=60)
     templates = ChatTemplates({"default": "{{ messages[0]['content'] }}"})
     renderer = Renderer(templates)
     made = Setup(model=replace(MODEL, chat_templates=templates, renderer=renderer), tenants=tenants, journal=journal)
@@ -239,6 +242,24 @@ async def test_a_router_that_stops_hands_its_streams_over():
         assert "another router continues" in error and "unavailable" in error
         rest = events(await ask(second, PATH, LONG, sent[-1][0]))
         assert len(sent) + len(rest) == 100 and second.telemetry.metrics.resumed._value.get() == 1
+
+
+async def test_streams_are_handed_over_while_others_end():
+    class SlowJournal(Journal):
+        async def keep_up(self, generation: Generation) -> bool:
+            await asyncio.sleep(0.01)
+            return await super().keep_up(generation)
+
+    async with router(SharedStore(60), journal=SlowJournal) as first:
+        first.shards.step_seconds = 0.05
+        several = "/v1/completions", {**GREEDY, "prompt": "A", "max_tokens": 100, "adapters": ["a", "b"]}
+        clients = [Client(first, *each) for each in (several, (PATH, LONG), several)]
+        running = [asyncio.create_task(client.run()) for client in clients]
+        await until(lambda: all(len(client.messages) > 3 for client in clients))
+        first.service.requests.draining = True
+        await first.service.requests.hand_over()  # which ends both generations of a request at once
+        await asyncio.gather(*running)
+        assert "another router continues" in events(clients[0])[-1][1]
 
 
 async def test_a_store_that_fails_costs_streams_nothing_but_their_ids():

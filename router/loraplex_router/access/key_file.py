@@ -26,11 +26,15 @@ from pydantic_core import PydanticCustomError
 from loraplex_protos.errors import LoraplexError
 from loraplex_router.access.followed_file import FollowedFile
 from loraplex_router.access.keys import Keys, TenantSettings
-from loraplex_router.access.strict_yaml import DuplicateKeyError, describe, read_yaml
+from loraplex_router.access.strict_yaml import BadValueError, DuplicateKeyError, describe, read_yaml
 
 logger = logging.getLogger(__name__)
 
 MAX_NAME = 128  # characters of a tenant's name
+FAULTS = {
+    DuplicateKeyError: "repeats a name in the mapping that begins",
+    BadValueError: "has an impossible value, such as a date that does not exist,",
+}
 
 
 class KeyFileError(LoraplexError):
@@ -89,8 +93,7 @@ def read_tenants(path: Path) -> dict[str, TenantSettings]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}" if mark else ""
-        twice = isinstance(error, DuplicateKeyError)
-        wrong = "repeats a name in the mapping that begins" if twice else "is neither YAML nor JSON"
+        wrong = next((said for kind, said in FAULTS.items() if isinstance(error, kind)), "is neither YAML nor JSON")
         raise KeyFileError(f"--api-keys: {path} {wrong}{place}") from None
     counts = Counter(hashed for tenant in file.tenants.values() for hashed in tenant.keys)
     if counts.total() != len(counts):

@@ -32,9 +32,24 @@ class DuplicateKeyError(yaml.constructor.ConstructorError):
     """A key is there twice, of which YAML would take the last one."""
 
 
+class BadValueError(yaml.constructor.ConstructorError):
+    """A value is not what its tag or its form says, such as a date that does not exist."""
+
+
 class _Loader(_SafeLoader):  # type: ignore[misc]
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # of any kind: the library lets through what int, datetime and others raise
+            kind = node.tag.rpartition(":")[2]
+            problem = f"a value is read as !!{kind}, which it is not: put a text in quotes"
+            raise BadValueError(None, None, problem, node.start_mark) from error
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()  # what is tagged as one may be a text
+        keys = Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
         for key, count in keys.items():
             if count > 1:
                 raise DuplicateKeyError(None, None, f"{quote(key)} is there twice", node.start_mark)

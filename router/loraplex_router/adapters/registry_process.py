@@ -1,6 +1,7 @@
 """Reads a long registry file in a process of its own: thousands of names take seconds, in which the router's event loop
 would get the interpreter rarely."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ SHORT = 1 << 16  # bytes; to read less takes less than to start a process
 NICENESS = 10
 REFUSED = 3  # the exit status if the file is wrong; why is on stderr
 
+logger = logging.getLogger(__name__)
+
 
 def read_beside(path: Path) -> Registered:
     """As read_registry. Blocks, but hardly holds the interpreter's lock."""
@@ -26,7 +29,13 @@ def read_beside(path: Path) -> Registered:
     if short:
         return read_registry(path)
     command = sys.executable, "-P", "-m", __name__, str(path)
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True, check=False)
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True, check=False
+        )
+    except OSError as error:  # a limit on processes or on memory is reached
+        logger.warning("the adapter registry is read in the router's own process: %s", error.strerror)
+        return read_registry(path)
     if done.returncode == REFUSED:
         raise RegistryFileError(done.stderr.decode())
     if done.returncode:

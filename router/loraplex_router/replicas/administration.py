@@ -9,7 +9,6 @@ from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import (
     AdapterInUseError,
     AdapterNotFoundError,
-    InvalidRequestError,
     LoraplexError,
     UnavailableError,
 )
@@ -81,19 +80,28 @@ class Administration:
     def follow_pins(self) -> None:
         """Has pins move with registered names and aliases to the versions that these mean now."""
         for digest, pinned in self._pins.named():
-            name = pinned.asked
-            if name and AT not in name and self.registry.has(name):
-                with suppress(InvalidRequestError):  # an alias that now stands for several
-                    now = self.registry.resolve_one(AdapterReference(name, token=pinned.token), None)
-                    if now.id != pinned.id:
+            if self._moves(pinned):
+                with suppress(LoraplexError):  # it stands for several now, or for a version that cannot be served
+                    now = self.registry.resolve_one(AdapterReference(pinned.asked, token=pinned.token), None)
+                    if now.id != pinned.id or not digest:
                         self._unpin(digest, pinned.id)
-                        self._begin(self._pin_again(now.id, now))
+                        self._begin(self._follow(now))
 
-    async def _pin_again(self, name: str, reference: AdapterReference) -> None:
+    def _moves(self, pinned: AdapterReference) -> bool:
+        """Whether the name under which it was pinned may stand for another version now."""
+        return bool(pinned.asked) and AT not in pinned.asked and self.registry.has(pinned.asked)
+
+    async def _follow(self, reference: AdapterReference) -> None:
+        if not await self._pin_again(reference.id, reference):
+            self._pins.add("", reference)
+
+    async def _pin_again(self, name: str, reference: AdapterReference) -> bool:
         try:
             await self.pin(reference)
         except LoraplexError as error:
             logger.warning("cannot reload the pinned adapter %s: %s", name, error)
+            return False
+        return True
 
     def _begin(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -102,8 +110,12 @@ class Administration:
 
     async def _retire(self, version: AdapterReference) -> None:
         if (digest := self._resolutions.digest(version)) is not None:
+            pinned = [name for held, name in self._pins.named() if (held, name.id) == (digest, version.id)]
             with suppress(AdapterNotFoundError, UnavailableError):  # it has left by itself, or with its replica
                 await self.unload(version, wait=True)
+            for name in filter(self._moves, pinned):  # to what it stands for, once that can be served
+                self._pins.remove(digest, name.id)
+                self._pins.add("", name)
             self._resolutions.forget(digest, version.id)
 
     async def pin(self, name: AdapterReference | str) -> pb.AdapterStatus:
@@ -144,7 +156,7 @@ class Administration:
         return self.listing.status(name)
 
     def _unpin(self, digest: str, *ids: str) -> None:
-        if self._pins.remove(digest, *ids):
+        if self._pins.remove(digest, *ids) and digest:
             for replica, adapter in holders_of(self._replicas, digest):
                 replica.pool.unpin(adapter)
 

@@ -12,6 +12,7 @@ from loraplex_protos.shard_pb2 import GetInfoResponse
 from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Limits
+from loraplex_router.loops import keep_running
 from loraplex_router.replicas.observer import Observer, ReplicaObserver
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Replicas
@@ -40,7 +41,8 @@ class Supervisor(Protocol):
 
 
 class Connections:
-    """`run` is its task. The first replica determines the served model; replicas that do not match are refused."""
+    """`run` is its task. The first replica determines the served model; replicas that do not match are refused. Raises
+    OSError if the certificates cannot be read."""
 
     def __init__(
         self,
@@ -57,44 +59,46 @@ class Connections:
         self._resolutions = resolutions
         self._serve = serve
         self._observer = observer
+        channel_credentials(settings)  # raises OSError at the start; later, what is wrong is tried again
         self._tasks: dict[Address, asyncio.Task[None]] = {}
         self._wanted: set[Address] = set()
 
     async def run(self) -> None:
         """Until cancelled."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                async for addresses in Discovery(self._settings.shards).watch():
-                    self._wanted = addresses
-                    for address in addresses - self._tasks.keys():
-                        self._tasks[address] = tasks.create_task(self._keep(address))
-                    for address in self._tasks.keys() - addresses:
-                        if not any(replica.name == str(address) for replica in self._replicas):
-                            self._tasks.pop(address).cancel()
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        async with asyncio.TaskGroup() as tasks:
+            async for addresses in Discovery(self._settings.shards).watch():
+                self._wanted = addresses
+                for address in addresses - self._tasks.keys():
+                    self._tasks[address] = tasks.create_task(keep_running(partial(self._keep, address)))
+                for address in self._tasks.keys() - addresses:
+                    if not any(replica.name == str(address) for replica in self._replicas):
+                        self._tasks.pop(address).cancel()
 
     async def _keep(self, address: Address) -> None:
         """Drives the replica at an address, reconnecting as needed, until discovery no longer lists it."""
         last = ""
         while address in self._wanted:
-            observer = self._observer.replica(str(address))
-            shards = ShardGroup(address, observer, channel_credentials(self._settings))
             try:
-                await self._drive(shards, observer, str(address))
-            except LoraplexError as error:
+                await self._connect(address)
+            except (LoraplexError, OSError) as error:  # OSError: a certificate that is being renewed
                 if isinstance(error, SilentError) and self._supervisor is not None:
                     self._supervisor.silent()
-                if error.message != last:
+                if str(error) != last:
                     logger.warning("replica %s: %s", address, error)
-                last = error.message
+                last = str(error)
             else:
                 last = ""
-            finally:
-                await shards.close()
-                self._observer.forget(str(address))
             await asyncio.sleep(RETRY_SECONDS)
         self._tasks.pop(address, None)
+
+    async def _connect(self, address: Address) -> None:
+        observer = self._observer.replica(str(address))
+        shards = ShardGroup(address, observer, channel_credentials(self._settings))
+        try:
+            await self._drive(shards, observer, str(address))
+        finally:
+            await shards.close()
+            self._observer.forget(str(address))
 
     async def _drive(self, shards: ShardGroup, observer: ReplicaObserver, name: str) -> None:
         """Connects to the replica and drives it until it has stopped. Raises the LoraplexError that ended it

@@ -6,7 +6,8 @@ from loraplex_router.vocabulary.references import AdapterReference
 
 
 class Pins:
-    """Content is pinned while any of its names is, or while it is by its digest, which stands for all of its names."""
+    """Content is pinned while any of its names is, or while it is by its digest, which stands for all of its names. A
+    name whose content cannot be had now is pinned without a digest."""
 
     def __init__(self) -> None:
         self._names: dict[str, dict[str, AdapterReference | None]] = {}  # by digest and id; "" is the digest itself
@@ -14,11 +15,11 @@ class Pins:
     def __iter__(self) -> Iterator[tuple[str, AdapterReference]]:
         """The digests of content that is pinned under a name, each with one of these names."""
         for digest, names in list(self._names.items()):
-            if reference := next(filter(None, names.values()), None):
+            if digest and (reference := next(filter(None, names.values()), None)):
                 yield digest, reference
 
     def named(self) -> list[tuple[str, AdapterReference]]:
-        """All digests and names that are pinned."""
+        """All digests and names that are pinned; for a name without content, the digest is empty."""
         return [(digest, name) for digest, names in self._names.items() for name in names.values() if name]
 
     def add(self, digest: str, name: AdapterReference | str) -> None:

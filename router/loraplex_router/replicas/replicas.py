@@ -52,7 +52,8 @@ class Replicas:
         self.ready = asyncio.Event()  # set while any replica accepts new sequences
 
     def __iter__(self) -> Iterator[Replica]:
-        return iter(self._replicas.values())
+        """Those that are there now: replicas may come and go meanwhile."""
+        return iter(list(self._replicas.values()))
 
     @property
     def idle(self) -> bool:

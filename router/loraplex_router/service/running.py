@@ -26,8 +26,9 @@ class RunningRequests:
         self._by_id: dict[tuple[str, str], RunningRequest | None] = {}  # None: not queued yet
 
     def __iter__(self) -> Iterator[Generation]:
-        for request in list(self._by_id.values()):
-            yield from request.generations if request is not None else ()
+        """All that run now: some may end meanwhile."""
+        requests = [request for request in self._by_id.values() if request is not None]
+        return iter([generation for request in requests for generation in request.generations])
 
     def __len__(self) -> int:
         return len(self._by_id)
