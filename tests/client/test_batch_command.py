@@ -1,10 +1,12 @@
 """`loraplex batch` keeps to its files, and stops where no line can be answered."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -37,9 +39,23 @@ class Answering(UnknownKey):
         self.wfile.write(b"{}")
 
 
+class Hanging(UnknownKey):
+    """Answers one line never. When that has come, it refuses the other because of the key."""
+
+    came, left = Event(), Event()
+
+    def do_POST(self) -> None:
+        if json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"] == "hang":
+            self.came.set()
+            self.connection.recv(1)  # until the client closes the connection
+            self.left.set()
+        elif self.came.wait(60):
+            self.send_error(401)
+
+
 @pytest.fixture
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with HTTPServer(("127.0.0.1", 0), request.param) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), request.param) as server:
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -90,3 +106,14 @@ def test_after_a_full_disk_the_next_call_goes_on(requests: Path, tmp_path: Path,
     assert batch(requests, answers, url).exit_code == 0
     rows = [json.loads(line)["custom_id"] for line in answers.read_text().splitlines()]
     assert sorted(rows) == [f"\u2028{number}" for number in range(9)]
+
+
+@pytest.mark.parametrize("url", [Hanging], indirect=True)
+def test_the_command_waits_for_no_answer_after_an_error_that_ends_it(requests: Path, tmp_path: Path, url: str) -> None:
+    lines = [{**LINE, "custom_id": prompt, "body": {"prompt": prompt}} for prompt in ("hang", "refuse")]
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = "from loraplex_command import main; main()"
+    arguments = ["batch", requests, tmp_path / "answers.jsonl", "--url", url]
+    ended = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "the server does not know this API key" in ended.stderr
+    assert Hanging.left.wait(60)

@@ -4,18 +4,18 @@ import json
 import os
 import secrets
 import threading
-import time
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from http.client import HTTPException
-from itertools import islice
+from contextlib import suppress
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from queue import Empty, Queue, SimpleQueue
 from typing import IO, Annotated, Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import AbstractHTTPHandler, HTTPHandler, HTTPSHandler, Request, build_opener
 
 import typer
 
 from loraplex.cli.connection import ApiKey
+from loraplex_protos.tcp import keep_alive
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 BEGINNING = b'{"id"'  # of an answer
@@ -23,8 +23,32 @@ LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # to
 BUSY = (429, 503)
 LONGEST_WAIT = 30.0  # seconds before a line that met a busy server is sent again
 SECONDS = 3600.0  # without a byte of an answer, until the server counts as unreachable
+SILENCE_SECONDS = 60  # of the server's host, which may be gone without a word
 
 Line = dict[str, Any]
+
+
+class KeptAlive(AbstractHTTPHandler):
+    """Opens connections that end when the server's host is gone."""
+
+    def do_open(self, http_class: Any, req: Request, **options: Any) -> HTTPResponse:
+        class Connection(http_class):  # type: ignore[misc]
+            def connect(self) -> None:
+                super().connect()
+                keep_alive(self.sock, SILENCE_SECONDS)
+
+        return super().do_open(Connection, req, **options)
+
+
+class Http(KeptAlive, HTTPHandler):
+    pass
+
+
+class Https(KeptAlive, HTTPSHandler):
+    pass
+
+
+OPENER = build_opener(Http, Https)
 
 
 def batch(
@@ -117,31 +141,43 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _run(lines: list[Line], output: IO[bytes], url: str, api_key: str | None, parallel: int) -> int:
-    """Sends the lines; how many of them failed."""
-    failed, rest, stop = 0, iter(lines), threading.Event()
-    with ThreadPoolExecutor(parallel) as threads:
-        running = {threads.submit(_ask, line, url, api_key, stop) for line in islice(rest, parallel)}
-        try:
-            while running:
-                answered, running = wait(running, return_when=FIRST_COMPLETED)
-                for answer in answered:
-                    failed += _write(answer, output)
-                running |= {threads.submit(_ask, line, url, api_key, stop) for line in islice(rest, len(answered))}
-        except BaseException:
-            stop.set()
-            for answer in running:
-                answer.cancel()
-            raise
-    return failed
-
-
-def _write(answer: Future[Line], output: IO[bytes]) -> bool:
+    """Sends the lines; how many of them failed. When it ends early, nothing more is sent, and what is being answered is
+    not waited for: the threads end with the command, and the server notices that."""
+    waiting, answers, stop = SimpleQueue[Line](), Queue[Line | Exception](parallel), threading.Event()
+    for line in lines:
+        waiting.put(line)
+    for _ in range(min(parallel, len(lines))):
+        threading.Thread(target=_work, args=(waiting, answers, url, api_key, stop), daemon=True).start()
     try:
-        row = answer.result()
-    except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
+        return sum(_write(answers.get(), output) for _ in lines)
+    finally:
+        stop.set()
+
+
+def _work(
+    waiting: SimpleQueue[Line],
+    answers: Queue[Line | Exception],
+    url: str,
+    api_key: str | None,
+    stop: threading.Event,
+) -> None:
+    with suppress(Empty):
+        while not stop.is_set():
+            line = waiting.get_nowait()
+            try:
+                answers.put(_ask(line, url, api_key, stop))
+            except Exception as error:
+                answers.put(error)
+
+
+def _write(row: Line | Exception, output: IO[bytes]) -> bool:
+    """Whether the line failed. Ends the command with a message if nobody answers, or if the answer cannot be kept."""
+    if isinstance(row, OSError | HTTPException):
+        reason = getattr(row, "reason", row)
         typer.echo(f"error: no server answers: {reason}. Give its address with --url.", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(1)
+    if isinstance(row, Exception):
+        raise row
     if row["response"]["status_code"] == 401:  # not an answer to the line: it is to be sent again with another key
         typer.echo("error: the server does not know this API key: give another one with --api-key", err=True)
         raise typer.Exit(1)
@@ -157,21 +193,21 @@ def _write(answer: Future[Line], output: IO[bytes]) -> bool:
 
 
 def _ask(line: Line, url: str, api_key: str | None, stop: threading.Event) -> Line:
-    """The answer to a line, however often a busy server refuses it first. Raises OSError or
-    HTTPException if nobody does."""
+    """The answer to a line, however often a busy server refuses it first, until `stop`. Raises OSError or HTTPException
+    if nobody does."""
     headers = {"Content-Type": "application/json", "Priority": "u=7"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
     request, pause = Request(url + line["url"], json.dumps(line["body"]).encode(), headers), 1.0
     while True:
         try:
-            with urlopen(request, timeout=SECONDS) as answer:
+            with OPENER.open(request, timeout=SECONDS) as answer:
                 return _row(line, answer.status, answer.headers, answer.read())
         except HTTPError as error:
-            if error.code not in BUSY or stop.is_set():
-                return _row(line, error.code, error.headers, error.read())
             after = error.headers.get("Retry-After", "")
-            time.sleep(min(float(after) if after.isdecimal() else pause, LONGEST_WAIT))
+            seconds = min(float(after) if after.isdecimal() else pause, LONGEST_WAIT)
+            if error.code not in BUSY or stop.wait(seconds):
+                return _row(line, error.code, error.headers, error.read())
             pause = min(2 * pause, LONGEST_WAIT)
 
 

@@ -4,11 +4,11 @@ which a client reads nothing of an answer, or its host is silent. Offers to spea
 
 import asyncio
 import re
-import socket
-import sys
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from loraplex_protos.tcp import keep_alive
 
 # Before a request. Load balancers keep connections for up to ten minutes (Google's 600 s, nginx's and AWS's 60 s). If
 # the server closed one first, a request that was just being sent on it would be answered with a 502.
@@ -16,8 +16,7 @@ IDLE_SECONDS = 620
 HEADER_SECONDS = 20.0  # from a request's first byte to the end of its headers
 MAX_HEADERS = 2**16  # bytes, the URL included
 READ_SECONDS = 120.0  # without a byte read of an answer, before the client is given up
-# For hosts that are gone without a word: idle seconds before one is asked, and seconds until it is asked again.
-KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10))
+SILENCE_SECONDS = 120  # of a client's host, which may be gone without a word
 REST_SECONDS = 60.0  # for the rest of a body that nobody reads
 MAX_REST = 2**26  # bytes of it
 MAX_PIPELINED = 32  # requests; each is read as soon as it arrives, thousands within one part of the stream
@@ -43,7 +42,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        _keep_alive(transport.get_extra_info("socket"))
+        keep_alive(transport.get_extra_info("socket"), SILENCE_SECONDS)
         self._wait(IDLE_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -132,11 +131,3 @@ class Connection(HttpToolsProtocol):
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    """Has the system end the connection after READ_SECONDS without a sign of the other host."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if sys.platform == "linux":
-        for name, value in (*KEEPALIVE, ("TCP_USER_TIMEOUT", int(1000 * READ_SECONDS))):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
