@@ -342,9 +342,6 @@ async def test_files_have_limits_and_are_deleted_unless_a_batch_needs_them(tmp_p
         await client.files.delete(batch.input_file_id)
     with pytest.raises(openai.BadRequestError, match="no room"):
         await client.files.create(file=b"x" * 1001, purpose="batch")
-    with pytest.raises(openai.BadRequestError, match="expires_after"):
-        expiry: Any = {"anchor": "created_at", "seconds": 3600}
-        await client.files.create(file=b"x", purpose="batch", expires_after=expiry)
     with pytest.raises(openai.BadRequestError, match="purpose"):
         await client.files.create(file=b"x", purpose="fine-tune")
     async with world.running():
@@ -383,6 +380,53 @@ async def test_files_and_batches_are_limited_in_number_size_and_time(
     monkeypatch.setattr(world.batches, "now", lambda: int(time.time()) + 31 * 86400)
     world.batches.delete_expired()
     assert not (await client.files.list()).data and not (await client.batches.list()).data
+
+
+async def test_files_expire_when_their_owner_says(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, expiry = World(place), {"anchor": "created_at", "seconds": 7200}
+    client: Any = world.client()
+    file = await client.files.create(file=text(line(1)), purpose="batch", expires_after=expiry)
+    kept = await client.files.create(file=text(line(1)), purpose="batch")
+    assert file.expires_at - file.created_at == 7200 and kept.expires_at - kept.created_at == 30 * 86400
+    order = {"input_file_id": file.id, "endpoint": ENDPOINT, "completion_window": "24h"}
+    batch = await client.batches.create(**order, output_expires_after=expiry | {"seconds": 3600})
+    now = world.batches.now()
+    monkeypatch.setattr(world.batches, "now", lambda: now + 8000)
+    world.batches.delete_expired()  # the batch needs its input
+    async with world.running():
+        output_id = (await ended(client, batch)).output_file_id
+    output = await client.files.retrieve(output_id)
+    assert output.expires_at - output.created_at == 3600
+    monkeypatch.setattr(world.batches, "now", lambda: now + 8000 + 3500)
+    world.batches.delete_expired()
+    assert {each.id for each in (await client.files.list()).data} == {kept.id, output_id}
+    monkeypatch.setattr(world.batches, "now", lambda: now + 8000 + 3700)
+    world.batches.delete_expired()
+    assert [each.id for each in (await client.files.list()).data] == [kept.id]
+    assert world.batches._used_bytes() == kept.bytes
+    with pytest.raises(openai.NotFoundError):
+        await client.files.content(output_id)
+
+
+@pytest.mark.parametrize(
+    ("expiry", "field"),
+    [
+        ({"anchor": "created_at", "seconds": 3599}, "seconds"),
+        ({"anchor": "created_at", "seconds": 30 * 86400 + 1}, "seconds"),
+        ({"anchor": "created_at"}, "seconds"),
+        ({"anchor": "last_active_at", "seconds": 3600}, "anchor"),
+        ({"seconds": 3600}, "anchor"),
+        ({"anchor": "created_at", "seconds": 3600, "minutes": 5}, "minutes"),
+    ],
+)
+async def test_an_expiry_that_is_wrong_is_named(expiry: dict[str, Any], field: str, tmp_path: Path) -> None:
+    client: Any = World(tmp_path).client()
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.files.create(file=text(line(1)), purpose="batch", expires_after=expiry)
+    assert refused.value.param == f"expires_after[{field}]"
+    with pytest.raises(openai.BadRequestError) as refused:
+        await create(client, text(line(1)), output_expires_after=expiry)
+    assert refused.value.param == f"output_expires_after[{field}]"
 
 
 async def test_lists_have_pages(place: str) -> None:

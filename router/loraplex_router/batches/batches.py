@@ -20,9 +20,16 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_router.batches.job import Job
-from loraplex_router.batches.records import BatchRecord, FileRecord, Status, new_batch_id, new_file_id
+from loraplex_router.batches.records import (
+    FILE_SECONDS,
+    BatchRecord,
+    ExpiresAfter,
+    FileRecord,
+    Status,
+    new_batch_id,
+    new_file_id,
+)
 
-FILE_SECONDS = 30 * 24 * 3600  # how long files and ended batches are kept, as OpenAI keeps them
 WINDOW_SECONDS = 24 * 3600  # how long a batch may take
 MOST_FILES = 1000  # of a tenant
 MOST_BATCHES = 1000  # of a tenant, those that have ended included
@@ -61,7 +68,9 @@ class Batches(ABC):
 
     # ---- what routes ask -------------------------------------------------------------------------------------
 
-    def add_file(self, tenant: str, filename: str, purpose: str, content: IO[bytes]) -> FileRecord:
+    def add_file(
+        self, tenant: str, filename: str, purpose: str, content: IO[bytes], expires_after: ExpiresAfter | None = None
+    ) -> FileRecord:
         """Raises InvalidRequestError if there is no room for it."""
         size = content.seek(0, os.SEEK_END)
         content.seek(0)
@@ -73,20 +82,22 @@ class Batches(ABC):
         id = new_file_id()
         try:
             self._write_content(tenant, id, content)
-            return self.register_file(tenant, id, filename, purpose, size)
+            return self.register_file(tenant, id, filename, purpose, size, expires_after)
         except BaseException:
             with suppress(UnavailableError):
                 self._remove_file(tenant, id)
             raise
 
-    def register_file(self, tenant: str, id: str, filename: str, purpose: str, size: int) -> FileRecord:
+    def register_file(
+        self, tenant: str, id: str, filename: str, purpose: str, size: int, expires_after: ExpiresAfter | None
+    ) -> FileRecord:
         """Lists a file whose content is complete."""
         now = self.now()
         record = FileRecord(
             id=id,
             bytes=size,
             created_at=now,
-            expires_at=now + FILE_SECONDS,
+            expires_at=now + (expires_after.seconds if expires_after else FILE_SECONDS),
             filename=filename,
             purpose=purpose,
         )
@@ -108,7 +119,13 @@ class Batches(ABC):
         self._remove_file(tenant, id)
 
     def add_batch(
-        self, tenant: str, input_file_id: str, endpoint: str, window: str, metadata: dict[str, str] | None
+        self,
+        tenant: str,
+        input_file_id: str,
+        endpoint: str,
+        window: str,
+        metadata: dict[str, str] | None = None,
+        output_expires_after: ExpiresAfter | None = None,
     ) -> BatchRecord:
         """Raises BatchNotFoundError for an unknown file, and InvalidRequestError for one that is not for batches."""
         if self.file(tenant, input_file_id).purpose != "batch":
@@ -125,6 +142,7 @@ class Batches(ABC):
             created_at=now,
             expires_at=now + WINDOW_SECONDS,
             metadata=metadata,
+            output_expires_after=output_expires_after,
         )
         self._create_batch(tenant, record)
         return record
@@ -190,7 +208,8 @@ class Batches(ABC):
 
     @abstractmethod
     def delete_expired(self) -> None:
-        """Deletes files, and batches that have ended, when their time is over."""
+        """Deletes files, and batches that have ended, when their time is over. The input of a batch that has not ended
+        stays until it has."""
 
     # ---- how it is kept --------------------------------------------------------------------------------------
 

@@ -10,11 +10,11 @@ from pydantic import BaseModel, ValidationError
 
 from loraplex_protos.errors import BatchNotFoundError
 from loraplex_router.batches import layout
-from loraplex_router.batches.batches import FILE_SECONDS, Batches, shown
+from loraplex_router.batches.batches import Batches, shown
 from loraplex_router.batches.bucket_job import BucketJob
 from loraplex_router.batches.lease import Lease
 from loraplex_router.batches.objects import Objects
-from loraplex_router.batches.records import BatchRecord, FileRecord, newest_first
+from loraplex_router.batches.records import FILE_SECONDS, BatchRecord, FileRecord, newest_first
 
 CLOCK_SECONDS = 60.0  # after which the store's clock is looked at again
 FORGOTTEN_SECONDS = 3600  # after which a batch is forgotten that has no record, since its router died
@@ -84,6 +84,8 @@ class BatchBucket(Batches):
         self.upload(tenant, id, content)
 
     def _write_file(self, tenant: str, record: FileRecord) -> None:
+        if record.expires_at < record.created_at + FILE_SECONDS:
+            self.objects.put(layout.expiring(tenant, record.id, record.expires_at), b"")
         self.objects.put(layout.file(tenant, record.id), record.model_dump_json().encode())
         self._add_used(record.bytes)
 
@@ -173,14 +175,23 @@ class BatchBucket(Batches):
         return id in self._cancelled
 
     def delete_expired(self) -> None:
-        now, used, expired = self.now(), 0, list[str]()
+        now, used, needed = self.now(), 0, self._inputs()
+        over = {path for each in self.objects.list(layout.EXPIRING) for path in layout.expired(each.path, now)}
+        expired = list[str]()
         for object in (each for folder in layout.FOLDERS for each in self.objects.list(folder)):
-            if object.modified + FILE_SECONDS < now:
+            is_over = object.path in over or object.modified + FILE_SECONDS < now
+            if is_over and layout.id_of(object.path) not in needed:
                 expired.append(object.path)
             elif object.path.startswith(f"{layout.CONTENTS}/"):
                 used += object.size
         self.objects.delete(expired)
         self.objects.put(layout.USED, b"%d at %d" % (used, now))
+
+    def _inputs(self) -> set[str]:
+        """The files that batches need which have not ended."""
+        tenants = {tenant for tenant, _ in self.unfinished()}
+        found = (each for tenant in tenants for each in self._records(layout.batches(tenant), BatchRecord))
+        return {each.input_file_id for each in found if not each.status.final}
 
     # ---- what is known ---------------------------------------------------------------------------------------
 

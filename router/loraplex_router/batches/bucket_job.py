@@ -156,8 +156,7 @@ class BucketJob(Job):
         if first is None:
             return None
         self._bucket.upload(self.tenant, id, chain([first], pieces))
-        name = f"{self.record.id}_{KINDS[failed]}.jsonl"
-        self._bucket.register_file(self.tenant, id, name, "batch_output", size)
+        self._register(id, KINDS[failed], size)
         return id
 
     def _answered(self, tally: Tally, failed: bool) -> Iterator[bytes]:

@@ -20,16 +20,16 @@ from pydantic import BaseModel, ValidationError
 
 from loraplex_protos.errors import UnavailableError
 from loraplex_router.access.replaced_file import replace_file
-from loraplex_router.batches.batches import FILE_SECONDS, Batches, shown, tenant_folder
+from loraplex_router.batches.batches import Batches, shown, tenant_folder
 from loraplex_router.batches.folder_job import FolderJob
-from loraplex_router.batches.records import BatchRecord, FileRecord, newest_first
+from loraplex_router.batches.records import FILE_SECONDS, BatchRecord, FileRecord, newest_first
 
 R = TypeVar("R", bound=BaseModel)
 
 
 class BatchFolder(Batches):
     look_seconds = 1.0
-    clean_seconds = 3600.0
+    clean_seconds = 600.0
 
     def __init__(self, path: Path, most_bytes: int) -> None:
         """Raises OSError if the folder cannot be made."""
@@ -102,17 +102,19 @@ class BatchFolder(Batches):
         return self._batch(tenant, id).with_suffix(".cancel").exists()
 
     def delete_expired(self) -> None:
-        now = self.now()
+        now, needed = self.now(), set[str]()
         for name in self._path.glob("*/name"):
             tenant = name.read_text()
             for batch in self.batches(tenant):
-                if batch.status.final and batch.created_at + FILE_SECONDS < now:
+                if not batch.status.final:
+                    needed.add(batch.input_file_id)
+                elif batch.created_at + FILE_SECONDS < now:
                     self._ended.discard(batch.id)
                     self._batch(tenant, batch.id).unlink(missing_ok=True)
                     self._batch(tenant, batch.id).with_suffix(".cancel").unlink(missing_ok=True)
         for path in self._path.glob("*/files/*/record.json"):
             record = _read(path, FileRecord)
-            if record is not None and record.expires_at < now:
+            if record is not None and record.expires_at < now and record.id not in needed:
                 shutil.rmtree(path.parent, ignore_errors=True)
 
     def open_file(self, tenant: str, id: str) -> IO[bytes]:

@@ -79,5 +79,5 @@ class FolderJob(Job):
         if not path.exists() or not (size := path.stat().st_size):
             path.unlink(missing_ok=True)
             return None
-        self._folder.register_file(self.tenant, id, f"{self.record.id}_{kind}.jsonl", "batch_output", size)
+        self._register(id, kind, size)
         return id

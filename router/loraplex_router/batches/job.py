@@ -9,7 +9,7 @@ from typing import Protocol
 
 from loraplex_protos.errors import BatchNotFoundError
 from loraplex_router.batches.reading import Line, check_lines, read_line
-from loraplex_router.batches.records import BatchRecord, Counts, FileRecord, LineError, LineErrors, Status
+from loraplex_router.batches.records import BatchRecord, Counts, ExpiresAfter, FileRecord, LineError, LineErrors, Status
 from loraplex_router.batches.tally import Row, Tally
 from loraplex_router.text.json_lines import dump_line
 
@@ -32,7 +32,9 @@ class Place(Protocol):
     def now(self) -> int:
         """A time.time by the clock of the place."""
 
-    def register_file(self, tenant: str, id: str, filename: str, purpose: str, size: int) -> FileRecord:
+    def register_file(
+        self, tenant: str, id: str, filename: str, purpose: str, size: int, expires_after: ExpiresAfter | None
+    ) -> FileRecord:
         """Lists a file whose content is complete."""
 
 
@@ -132,6 +134,11 @@ class Job(ABC):
         failed = response is None or response["status_code"] >= 400
         self._append(dump_line(row) + b"\n", failed)
         self._tally.add(row, failed)
+
+    def _register(self, id: str, kind: str, size: int) -> None:
+        """Lists a file of answers or errors."""
+        name, expires_after = f"{self.record.id}_{kind}.jsonl", self.record.output_expires_after
+        self._place.register_file(self.tenant, id, name, "batch_output", size, expires_after)
 
     def _make_room(self) -> None:  # noqa: B027
         """Called before an answer is taken."""

@@ -5,17 +5,21 @@
 | files/TENANT/ID.json, contents/TENANT/ID | a file's record and content |
 | batches/TENANT/ID.json | a batch's record |
 | open/ID, open/ID.cancel | the tenant of a batch that has not ended; a client asks to cancel it |
+| expiring/TIME/TENANT/ID | nothing: the file's time is over then, before that of most files |
 | parts/ID/... | what a batch has answered so far (`bucket_job.py`) |
 | lease | which router runs the batches (`lease.py`) |
 | used | the bytes of all contents |
 | clock | nothing: its date tells the store's time |
 """
 
+from pathlib import PurePosixPath
+
 from loraplex_router.batches.batches import tenant_folder
 
 CONTENTS, OPEN, CANCEL = "contents", "open", ".cancel"
+EXPIRING = "expiring"
 LEASE, USED, CLOCK = "lease", "used", "clock"
-FOLDERS = "files", CONTENTS, "batches", OPEN, "parts"  # whatever else is there belongs to others
+FOLDERS = "files", CONTENTS, "batches", OPEN, EXPIRING, "parts"  # whatever else is there belongs to others
 
 
 def files(tenant: str) -> str:
@@ -48,3 +52,17 @@ def cancel(id: str) -> str:
 
 def parts(id: str) -> str:
     return f"parts/{id}"
+
+
+def expiring(tenant: str, id: str, time: int) -> str:
+    return f"{EXPIRING}/{time}/{tenant_folder(tenant)}/{id}"
+
+
+def expired(path: str, now: int) -> list[str]:
+    """Of an object below EXPIRING: the objects of its file, and itself, if their time is over."""
+    _, time, folder, id = path.split("/")
+    return [path, f"files/{folder}/{id}.json", f"{CONTENTS}/{folder}/{id}"] if int(time) < now else []
+
+
+def id_of(path: str) -> str:
+    return PurePosixPath(path).stem

@@ -3,9 +3,11 @@
 import secrets
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
+
+FILE_SECONDS = 30 * 24 * 3600  # how long files and ended batches are kept, as OpenAI keeps them
 
 
 class Status(StrEnum):
@@ -21,6 +23,15 @@ class Status(StrEnum):
     @property
     def final(self) -> bool:
         return self in (Status.COMPLETED, Status.FAILED, Status.EXPIRED, Status.CANCELLED)
+
+
+class ExpiresAfter(BaseModel):
+    """How long a file is kept."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=FILE_SECONDS, description="After the file was created.")]
 
 
 class FileRecord(BaseModel):
@@ -92,6 +103,7 @@ class BatchRecord(BaseModel):
     request_counts: Counts = Field(default_factory=Counts)
     usage: Usage = Field(default_factory=Usage)
     metadata: dict[str, str] | None = None
+    output_expires_after: ExpiresAfter | None = None
 
 
 def new_file_id() -> str:

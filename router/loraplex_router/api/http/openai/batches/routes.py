@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response, StreamingResponse
+from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Message
@@ -24,11 +26,11 @@ from loraplex_protos.errors import (
 from loraplex_router.api.http.call import Call, RouteCall
 from loraplex_router.api.http.errors import only
 from loraplex_router.api.http.json_body import JsonRoute
-from loraplex_router.api.http.openai.batches.schema import BatchPage, CreateBatch, Deleted, FilePage
+from loraplex_router.api.http.openai.batches.schema import BatchPage, CreateBatch, Deleted, FileForm, FilePage
 from loraplex_router.api.http.openai.pages import cut_page
 from loraplex_router.api.http.openai_errors import ERRORS
 from loraplex_router.batches.batches import Batches
-from loraplex_router.batches.records import BatchRecord, FileRecord
+from loraplex_router.batches.records import FILE_SECONDS, BatchRecord, FileRecord
 
 MOST_BYTES = 200 << 20  # of a file, as at OpenAI
 MOST_UPLOADS = 4  # of a tenant at the same time
@@ -43,7 +45,16 @@ UPLOAD = {
                 "schema": {
                     "type": "object",
                     "required": ["file", "purpose"],
-                    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": ["batch"]}},
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"enum": ["batch"]},
+                        "expires_after[anchor]": {"enum": ["created_at"]},
+                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": FILE_SECONDS},
+                    },
+                    "dependentRequired": {
+                        "expires_after[anchor]": ["expires_after[seconds]"],
+                        "expires_after[seconds]": ["expires_after[anchor]"],
+                    },
                 }
             }
         },
@@ -70,15 +81,13 @@ async def upload_file(request: Request, call: Call) -> FileRecord:
     async with uploads[tenant]:
         form = await _read_form(request)
         try:
-            file, purpose = form.get("file"), form.get("purpose")
+            file = form.get("file")
             if not isinstance(file, UploadFile):
                 raise InvalidRequestError(FieldViolation("file", "send a file of JSON lines"))
-            if purpose != "batch":
-                raise InvalidRequestError(FieldViolation("purpose", 'must be "batch"'))
-            if others := set(form) - {"file", "purpose"}:
-                raise InvalidRequestError(FieldViolation(min(others), "is not supported: leave it out"))
+            fields = _read_fields({name: value for name, value in form.items() if name != "file"})
             name = (file.filename or "batch.jsonl")[:255]
-            return await _within(SECONDS, batches.ask(batches.add_file, tenant, name, purpose, file.file))
+            add = batches.ask(batches.add_file, tenant, name, fields.purpose, file.file, fields.expires_after)
+            return await _within(SECONDS, add)
         finally:
             await form.close()
 
@@ -129,7 +138,12 @@ async def create_batch(body: CreateBatch, call: Call) -> BatchRecord:
     return await _ask(
         call,
         lambda batches, tenant: batches.add_batch(
-            tenant, body.input_file_id, body.endpoint, body.completion_window, body.metadata
+            tenant,
+            body.input_file_id,
+            body.endpoint,
+            body.completion_window,
+            body.metadata,
+            body.output_expires_after,
         ),
     )
 
@@ -211,6 +225,21 @@ async def _read_form(request: Request) -> Any:
         raise UnavailableError(why) from error
     except HTTPException as error:
         raise InvalidRequestError(FieldViolation("body", f"is not multipart/form-data: {error.detail}")) from error
+
+
+def _read_fields(form: dict[str, Any]) -> FileForm:
+    """Raises RequestValidationError."""
+    fields: dict[str, Any] = {}
+    for name, value in form.items():
+        outer, bracket, inner = name.removesuffix("]").partition("[")
+        if bracket and isinstance(fields.setdefault(outer, {}), dict):
+            fields[outer][inner] = value
+        else:
+            fields[name] = value
+    try:
+        return FileForm.model_validate(fields)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
 
 
 def _page(found: Sequence[T], limit: int, after: str, order: Order) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraplex_router.batches.records import BatchRecord, FileRecord
+from loraplex_router.batches.records import BatchRecord, ExpiresAfter, FileRecord
 
 ENDPOINTS = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
 
@@ -19,6 +19,16 @@ class CreateBatch(BaseModel):
     endpoint: ENDPOINTS
     completion_window: Literal["24h"]
     metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
+    output_expires_after: ExpiresAfter | None = None
+
+
+class FileForm(BaseModel):
+    """What comes with an upload, by the names that a form has for it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    purpose: Literal["batch"]
+    expires_after: ExpiresAfter | None = None
 
 
 class Deleted(BaseModel):
