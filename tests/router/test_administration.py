@@ -1,8 +1,9 @@
 """Operators' calls over several replicas: one line per adapter, unloading everywhere, pins that outlive a replica."""
 
 import asyncio
+import threading
 import unicodedata
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from hashlib import sha256
 
 import pytest
@@ -23,6 +24,7 @@ from loraplex_protos.generation_pb2 import ADAPTER_TIER_DEVICE as DEVICE
 from loraplex_protos.generation_pb2 import AdapterResidence, AdapterStatus
 from loraplex_router.access.keys import Keys, TenantSettings
 from loraplex_router.access.tenant import Allowance, Tenant
+from loraplex_router.adapters import suggestions
 from loraplex_router.adapters.suggestions import similar
 from loraplex_router.api.http.admin import schema
 from loraplex_router.api.http.json_message import write_message
@@ -356,6 +358,50 @@ def test_suggestions_are_fast_among_thousands_of_names() -> None:
     names = [f"customer-{number:05}" for number in range(10_000)]
     for asked in ("customr-00042", "CUSTOMER-00042", "customer-00042x", "custmer-00042"):
         assert similar(asked, names)[0] == "customer-00042"
+
+
+async def test_a_flood_of_unknown_names_lists_adapters_once_and_compares_names_one_at_a_time(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    shards, names = cluster.replica.shards, [f"nobody{number}" for number in range(100)]
+    shards.absent.update(names)
+    compares, release, compared, listed_times = 0, threading.Event(), list[str](), 0
+    several = False
+    list_local = shards.local_adapters
+
+    async def count() -> list[LocalAdapter]:
+        nonlocal listed_times
+        listed_times += 1
+        await asyncio.sleep(0.01)
+        return await list_local()
+
+    def compare(name: str, known: Iterable[str]) -> list[str]:
+        nonlocal compares, several
+        compares += 1
+        several |= compares > 1
+        release.wait(60)
+        compares -= 1
+        compared.append(name)
+        return ["a"]
+
+    monkeypatch.setattr(shards, "local_adapters", count)
+    monkeypatch.setattr(suggestions, "similar", compare)
+    asked = [asyncio.create_task(cluster.answer(1, adapter=name)) for name in names]
+    done, _ = await asyncio.wait(asked, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+    while len(done) < len(asked) - suggestions.MOST_WAITING:
+        done, _ = await asyncio.wait(asked, timeout=0.01)
+    assert all("did you mean" not in str(task.exception()) for task in done)
+    for task in asked:  # who leaves does not let the next one begin
+        task.cancel()
+    await asyncio.wait(asked)
+    assert (listed_times, compared, compares) == (1, [], 1)
+    release.set()
+    async with asyncio.timeout(60):
+        while len(compared) < suggestions.MOST_WAITING:
+            await asyncio.sleep(0.01)
+    assert not several
+    with pytest.raises(AdapterNotFoundError, match="did you mean 'a'"):
+        await cluster.answer(1, adapter=names[0])
 
 
 def test_composed_and_decomposed_umlauts_are_the_same_name() -> None:

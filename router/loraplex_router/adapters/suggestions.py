@@ -1,7 +1,9 @@
 """Suggestions for a request whose adapter does not exist."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
 from heapq import nlargest
@@ -17,6 +19,8 @@ from loraplex_router.vocabulary.references import AdapterReference, Reference, i
 MOST = 3
 COMPARED = 200  # names at most: comparing is slow
 PART = 3  # characters
+MOST_WAITING = 4  # requests whose name is compared; further ones get no suggestion
+PAUSE = 9  # times as long as the comparison before it took, which holds the interpreter's lock
 
 
 def similar(name: str, names: Iterable[str]) -> list[str]:
@@ -38,12 +42,16 @@ def asking(names: Sequence[str]) -> str:
 
 
 class Suggestions:
-    """Adds suggestions to AdapterNotFoundError."""
+    """Adds suggestions to AdapterNotFoundError. However often clients ask for what does not exist, comparing names is
+    done one at a time, and takes a tenth of the time at most."""
 
     def __init__(self, names: Callable[[], Awaitable[frozenset[str]]], bare: Callable[[str], str]) -> None:
         """`names` returns the names of the available adapters, `bare` what of a name permissions are for."""
         self._names = names
         self._bare = bare
+        self._thread = ThreadPoolExecutor(1, "suggestions")
+        self._turn = asyncio.Lock()
+        self._comparing = set[asyncio.Task[list[str]]]()
 
     @asynccontextmanager
     async def for_missing(self, reference: Reference | None, may_use: Callable[[str], bool]) -> AsyncIterator[None]:
@@ -64,5 +72,17 @@ class Suggestions:
         missing = next((id for id in ids if id not in known), None)
         if missing is None:
             return []
-        usable = (name for name in known if may_use(self._bare(name)))
-        return await asyncio.to_thread(similar, missing, usable)
+        if len(self._comparing) >= MOST_WAITING:
+            return []
+        task = asyncio.create_task(self._compare(missing, (name for name in known if may_use(self._bare(name)))))
+        self._comparing.add(task)
+        task.add_done_callback(self._comparing.discard)
+        return await asyncio.shield(task)  # a caller that leaves does not end its turn: the thread goes on
+
+    async def _compare(self, missing: str, usable: Iterable[str]) -> list[str]:
+        await self._turn.acquire()
+        loop, began = asyncio.get_running_loop(), time.monotonic()
+        try:
+            return await loop.run_in_executor(self._thread, similar, missing, usable)
+        finally:
+            loop.call_later(PAUSE * (time.monotonic() - began), self._turn.release)

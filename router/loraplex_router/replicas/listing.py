@@ -71,6 +71,7 @@ class Listing:
         self._listed_at = -LISTING_KEPT
         self._names = frozenset[str]()
         self._named_until = 0.0
+        self._naming: asyncio.Task[None] | None = None
         self.dropping: set[tuple[str, str]] = set()  # (digest, id) pairs that are forgotten once nothing needs them
 
     async def page(
@@ -183,16 +184,22 @@ class Listing:
 
     async def names(self) -> frozenset[str]:
         """The names of available adapters, except merged ones, and those on the hub and in object stores that were
-        never requested. May be some seconds old, or older if there are many."""
-        began = time.monotonic()
-        if began >= self._named_until:
-            local = await self._local()
-            known = {line.id for line in (*self._loaded(), *self._fetching()) if COMMA not in line.id}
-            known.update(id for id, _ in (*self._registry.content.lines, *self._registry.upload_lines()))
-            self._names = frozenset(known.union(adapter.id for adapter in local if not adapter.fault))
-            now = time.monotonic()
-            self._named_until = now + NAMES_KEPT * (now - began)
+        never requested. May be some seconds old, or older if there are many. Those who ask while they are listed wait
+        for the same listing."""
+        if time.monotonic() >= self._named_until:
+            if self._naming is None or self._naming.done():
+                self._naming = asyncio.create_task(self._list_names())
+            await asyncio.shield(self._naming)
         return self._names
+
+    async def _list_names(self) -> None:
+        began = time.monotonic()
+        local = await self._local()
+        known = {line.id for line in (*self._loaded(), *self._fetching()) if COMMA not in line.id}
+        known.update(id for id, _ in (*self._registry.content.lines, *self._registry.upload_lines()))
+        self._names = frozenset(known.union(adapter.id for adapter in local if not adapter.fault))
+        now = time.monotonic()
+        self._named_until = now + NAMES_KEPT * (now - began)
 
     def status(self, name: AdapterReference | str) -> pb.AdapterStatus:
         """As listed. Raises AdapterNotFoundError if it is not loaded."""
