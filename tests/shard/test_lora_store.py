@@ -6,11 +6,15 @@ import os
 import shutil
 import stat
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import psutil
 import pytest
 import torch
 
@@ -21,7 +25,10 @@ from loraplex_protos.errors import (
     AdapterNotFoundError,
     AdapterSourceError,
     OverloadedError,
+    UnavailableError,
 )
+from loraplex_shard.lora.merge import Recipe
+from loraplex_shard.lora.reader import AdapterReader
 from loraplex_shard.lora.sources.files import CONFIG, TENSORS
 from loraplex_shard.lora.sources.hub import HubSource
 from loraplex_shard.lora.sources.local import LocalSource
@@ -29,6 +36,7 @@ from loraplex_shard.lora.sources.patience import Progress
 from loraplex_shard.lora.sources.protocol import File, Origin
 from loraplex_shard.lora.sources.text_files import AdapterText
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
+from loraplex_shard.lora.weights.transfer import Transfer
 from tests.shard.lora_models import BASE, contents, edit_config, layouts, peft_deltas, save_adapter, whole_deltas
 
 
@@ -366,6 +374,122 @@ def test_staging_loading_and_reading_from_many_threads_keeps_each_slot_whole(sto
                 store.unstage(digest)
 
     at_once(6, work)
+
+
+class Paused:
+    """Calls of a method that wait in the middle of their work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+        self.came, self.may_go_on = threading.Event(), threading.Event()
+        method = getattr(owner, name)
+
+        def paused(*args: object) -> object:
+            self.came.set()
+            assert self.may_go_on.wait(60)
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, paused)
+
+
+WAYS: dict[str, Callable[[AdapterStore, Path, str], object]] = {
+    "stage": lambda store, directory, digest: stage(store, "adapter-1"),
+    "upload": lambda store, directory, digest: store.stage_upload(
+        {name: len(data) for name, data in contents(directory / "adapter-1").items()},
+        iter(contents(directory / "adapter-1").values()),
+    ),
+    "merge": lambda store, directory, digest: store.merge("merged", [digest], Recipe((1.0,), "linear", 1.0, "total")),
+    "load": lambda store, directory, digest: store.load(digest, 1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_lost_router_began_does_not_come_to_the_next_one(
+    store: AdapterStore, directory: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = stage(store, "adapter-0").digest
+    owner, name = {"load": (Transfer, "to_device"), "merge": (AdapterReader, "merge")}.get(way, (AdapterReader, "read"))
+    paused = Paused(monkeypatch, owner, name)
+    with ThreadPoolExecutor(2) as threads:
+        late = threads.submit(WAYS[way], store, directory, digest)
+        assert paused.came.wait(60)
+        store.clear()
+        again = threads.submit(stage, store, "adapter-1")  # is not joined to what the other one waits for
+        paused.may_go_on.set()
+        with pytest.raises(UnavailableError, match="another router"):
+            late.result(60)
+        digest = again.result(60).digest
+    assert store.count() == {"host": 1, "device": 0}
+    store.load(digest, 1)
+    store.unload(1)
+    store.unstage(digest)
+    assert store.count_bytes() == {"host": 0, "device": 0}
+
+
+class HangingSource(LocalSource):
+    """Hangs as long as there is a file."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.hangs = directory / ".hangs"
+
+    def fetch(self, origin: Origin, progress: Progress) -> dict[str, Path]:
+        while self.hangs.exists():
+            (self.hangs.parent / f".{os.getpid()}").touch()
+            time.sleep(0.01)
+        return super().fetch(origin, progress)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_processes_of_a_lost_router_end_whatever_they_are_doing(directory: Path) -> None:
+    source = HangingSource(directory)
+    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, [source])
+    before = set(psutil.Process().children(recursive=True))
+
+    def processes() -> int:
+        return len(set(psutil.Process().children(recursive=True)) - before)
+
+    with closing(store.read_apart()), ThreadPoolExecutor(8) as threads:
+        source.hangs.touch()
+        calls: list[Future[object]] = [threads.submit(stage, store, f"adapter-{number % 3}") for number in range(6)]
+        calls += [threads.submit(store.fetch, f"adapter-{number}", "local", "") for number in range(2)]
+        wait_until(lambda: processes() == 9 and len(list(directory.glob(".[0-9]*"))) == 3)
+        store.clear()
+        for call in calls:
+            with pytest.raises(UnavailableError):
+                call.result(60)
+        wait_until(lambda: processes() == 1)
+        source.hangs.unlink()
+        assert stage(store, "adapter-0").digest
+        assert store.count() == {"host": 1, "device": 0}
+
+
+def test_a_call_ends_when_its_client_leaves_and_others_for_the_same_files_go_on(directory: Path) -> None:
+    source = HangingSource(directory)
+    store = AdapterStore(layouts(), torch.float32, torch.device("cpu"), BASE, [source])
+    leave = deque[Callable[[], None]]()
+
+    def on_leave(end: Callable[[], None]) -> bool:
+        leave.append(end)
+        return True
+
+    with closing(store.read_apart()), ThreadPoolExecutor(2) as threads:
+        source.hangs.touch()
+        first = threads.submit(store.stage, "adapter-0", "local", "", "", on_leave)
+        wait_until(lambda: list(directory.glob(".[0-9]*")))
+        second = threads.submit(stage, store, "adapter-0")
+        leave.pop()()
+        with pytest.raises(UnavailableError, match="has left"):
+            first.result(60)
+        source.hangs.unlink()
+        assert second.result(60).lora_rank == 1
+        with pytest.raises(UnavailableError, match="has left"):
+            store.stage("adapter-1", "local", "", "", lambda end: False)  # its client has left already
 
 
 @pytest.mark.parametrize("source", ["", "local", "gcs"])

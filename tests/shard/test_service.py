@@ -19,6 +19,7 @@ from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import AdapterInUseError, AdapterNotFoundError, LoraplexError, from_rpc_error
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_shard.device.parallel import Group
+from loraplex_shard.lora.epoch import OnLeave
 from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.peft.base import BaseModel
 from loraplex_shard.lora.sources.local import LocalSource
@@ -51,13 +52,14 @@ TIMEOUT = 30
 
 
 class SlowAdapters:
-    """An adapter store that only stages once `may_go_on` is set."""
+    """An adapter store that only stages once `may_go_on` is set, or its client leaves."""
 
     def __init__(self) -> None:
         self.staging, self.may_go_on = threading.Event(), threading.Event()
         self.coming = threading.Semaphore(0)  # released by each call
 
-    def stage(self, id: str, source: str, revision: str, token: str) -> StagedAdapter:
+    def stage(self, id: str, source: str, revision: str, token: str, on_leave: OnLeave) -> StagedAdapter:
+        assert on_leave(self.may_go_on.set)
         self.staging.set()
         self.coming.release()
         assert self.may_go_on.wait(TIMEOUT)
@@ -355,6 +357,21 @@ def test_the_health_service_answers_while_slow_adapter_sources_occupy_all_thread
         assert answer.status == HealthCheckResponse.SERVING
         adapters.may_go_on.set()
         assert all(call.result(TIMEOUT).digest == "digest" for call in slow)
+    server.stop(None).wait()
+
+
+def test_calls_whose_client_has_left_give_their_threads_back(
+    decoder: Decoder, address: str, failed_step: threading.Event
+) -> None:
+    adapters: Any = SlowAdapters()
+    server, _ = start(service_with(adapters, decoder, failed_step), address)
+    with grpc.insecure_channel(address) as channel:
+        stage = ShardServiceStub(channel).StageAdapter
+        slow = [stage.future(pb.StageAdapterRequest(id=f"org/{number}")) for number in range(WORKERS)]
+        assert all(adapters.coming.acquire(timeout=TIMEOUT) for _ in slow)
+        for call in slow:
+            call.cancel()
+        assert ShardServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=TIMEOUT / 2).model_id == "tiny"
     server.stop(None).wait()
 
 

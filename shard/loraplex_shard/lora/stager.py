@@ -8,6 +8,7 @@ is read: all memory goes back, and what goes wrong there, running out of memory 
 
 import ctypes
 import os
+import select
 import signal
 import socket
 import stat
@@ -27,6 +28,7 @@ import torch
 
 from loraplex_protos.errors import LoraplexError, OverloadedError, UnavailableError
 from loraplex_shard.device.priority import NICE
+from loraplex_shard.lora.once import LeftError
 from loraplex_shard.lora.passing import receive, send
 
 FIRST_TO_GO = b"1000"  # the process that the kernel ends when memory runs out
@@ -47,6 +49,10 @@ class Caller(Protocol):
     def compute(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         """The same for work that keeps a processor busy: only a few at a time."""
 
+    def end(self) -> None:
+        """Nobody needs the answers any more: ends what runs, if it runs in another process. Calls raise LeftError
+        then. May be called from any thread."""
+
 
 class Here(Caller):
     """Calls on the calling thread."""
@@ -55,6 +61,9 @@ class Here(Caller):
         return work(*args)
 
     compute = call
+
+    def end(self) -> None:
+        pass
 
 
 class Stager:
@@ -115,6 +124,7 @@ class _Process(Caller):
         self._connection = connection
         self._shared = shared
         self._places = places
+        self._ended = False
 
     def call(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         given: tuple[object, ...] = args
@@ -125,6 +135,8 @@ class _Process(Caller):
             while isinstance(answer := receive(self._connection, shared), _Question):
                 send(self._connection, functions[answer.function](*answer.args), shared)
         except (EOFError, ConnectionError):
+            if self._ended:
+                raise LeftError("whoever asked for the adapter has left") from None
             raise OverloadedError(
                 "the process that was reading the adapter has been killed; memory may be short: try again later"
             ) from None
@@ -137,6 +149,11 @@ class _Process(Caller):
     def compute(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         with self._places:
             return self.call(work, *args)
+
+    def end(self) -> None:
+        self._ended = True
+        with suppress(OSError):  # the process has ended
+            self._connection.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +207,7 @@ def _answer(connection: socket.socket, shared: Mapping[str, object]) -> None:
     """Makes the calls that arrive, until the rank needs no more."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_bytes(FIRST_TO_GO)
+    Thread(target=_end_when_closed, args=(connection,), daemon=True).start()
     known = _Known(shared, connection)
     while True:
         work, args = receive(connection, known)
@@ -202,6 +220,14 @@ def _answer(connection: socket.socket, shared: Mapping[str, object]) -> None:
             answer = None, RuntimeError(traceback.format_exc())
         send(connection, answer, known)
         del work, args, answer  # may hold an adapter
+
+
+def _end_when_closed(connection: socket.socket) -> None:
+    """Ends the process as soon as the rank needs no more of it, whatever it is doing."""
+    closed = select.poll()
+    closed.register(connection, select.POLLHUP)
+    closed.poll()
+    os._exit(0)
 
 
 def _end_after(work: Callable[[], None]) -> NoReturn:

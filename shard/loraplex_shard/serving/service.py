@@ -98,7 +98,7 @@ class ShardService(ShardServiceServicer):
 
     def FetchAdapter(self, request: pb.FetchAdapterRequest, context: grpc.ServicerContext) -> pb.FetchAdapterResponse:
         with self._errors_answered(context):
-            origin = self._adapters.fetch(request.id, request.source, request.revision)
+            origin = self._adapters.fetch(request.id, request.source, request.revision, context.add_callback)
             return pb.FetchAdapterResponse(size_bytes=origin.size if origin.source.remote else 0)
 
     def ListFetches(self, request: pb.ListFetchesRequest, context: grpc.ServicerContext) -> pb.ListFetchesResponse:
@@ -118,7 +118,8 @@ class ShardService(ShardServiceServicer):
 
     def StageAdapter(self, request: pb.StageAdapterRequest, context: grpc.ServicerContext) -> pb.StageAdapterResponse:
         with self._errors_answered(context):
-            staged = self._adapters.stage(request.id, request.source, request.revision, request.token)
+            wanted = request.id, request.source, request.revision, request.token
+            staged = self._adapters.stage(*wanted, context.add_callback)
             return _write_staged(staged)
 
     def StageUpload(
@@ -127,14 +128,16 @@ class ShardService(ShardServiceServicer):
         with self._errors_answered(context):
             first = next(request_iterator)
             sizes = {file.name: file.size_bytes for file in first.files}
-            staged = self._adapters.stage_upload(sizes, (request.data for request in request_iterator))
+            data = (request.data for request in request_iterator)
+            staged = self._adapters.stage_upload(sizes, data, context.add_callback)
             return pb.StageUploadResponse(adapter=_write_staged(staged))
 
     def MergeAdapters(
         self, request: pb.MergeAdaptersRequest, context: grpc.ServicerContext
     ) -> pb.MergeAdaptersResponse:
         with self._errors_answered(context):
-            merged = self._adapters.merge(request.digest, request.digests, _read_recipe(request))
+            wanted = request.digest, request.digests, _read_recipe(request)
+            merged = self._adapters.merge(*wanted, context.add_callback)
             return _write_merged(merged)
 
     def MergeUploads(
@@ -144,8 +147,8 @@ class ShardService(ShardServiceServicer):
             first = next(request_iterator)
             sizes = {part.digest: {file.name: file.size_bytes for file in part.files} for part in first.sent}
             data = (request.data for request in request_iterator)
-            wanted = first.merge
-            merged = self._adapters.merge_uploads(wanted.digest, wanted.digests, _read_recipe(wanted), sizes, data)
+            wanted = first.merge.digest, first.merge.digests, _read_recipe(first.merge)
+            merged = self._adapters.merge_uploads(*wanted, sizes, data, context.add_callback)
             return pb.MergeUploadsResponse(merged=_write_merged(merged))
 
     def LoadAdapter(self, request: pb.LoadAdapterRequest, context: grpc.ServicerContext) -> pb.LoadAdapterResponse:
