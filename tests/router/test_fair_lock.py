@@ -31,7 +31,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[tuple[str, str, flo
             await asyncio.sleep(0)
             lock.release(first)
             await asyncio.gather(*tasks)
-            assert lock._held == {} and lock._waiting == []
+            assert not len(lock._tenants)
 
         asyncio.run(run())
         return got
@@ -53,18 +53,26 @@ def test_equals_take_turns_in_the_order_in_which_they_came(order) -> None:
     assert order([("a", "x", 1.0), ("b", "x", 1.0)] * 3) == [("a", "x"), ("b", "x")] * 3
 
 
-async def test_a_newcomer_has_saved_up_no_time() -> None:
+async def test_a_newcomer_has_saved_up_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, got = [0.0], list[str]()
+    monkeypatch.setattr(fair_lock.time, "monotonic", lambda: now[0])
     lock = FairLock()
-    holder = await lock.acquire("a", "x")
-    waiting = asyncio.create_task(lock.acquire("a", "x"))
+
+    async def hold(tenant: str) -> None:
+        turn = await lock.acquire(tenant, "x")
+        got.append(tenant)
+        await asyncio.sleep(0)  # the newcomers come
+        now[0] += 1.0
+        lock.release(turn)
+
+    first = await lock.acquire("a", "x")
+    tasks = [asyncio.create_task(hold("a")) for _ in range(3)]
     await asyncio.sleep(0)
-    lock._held = dict.fromkeys(lock._held, 60.0)
-    newcomers = [asyncio.create_task(lock.acquire("b", "y")) for _ in range(2)]
-    await asyncio.sleep(0)
-    assert lock._held["b",] == 60.0
-    lock.release(holder)
-    for task in asyncio.as_completed([waiting, *newcomers]):
-        lock.release(await task)
+    now[0] = 60.0
+    lock.release(first)
+    tasks += [asyncio.create_task(hold("b")) for _ in range(3)]
+    await asyncio.gather(*tasks)
+    assert got == ["a", "b", "a", "b", "a", "b"]
 
 
 async def test_whoever_leaves_while_waiting_or_when_the_turn_comes_does_not_keep_the_lock() -> None:
@@ -79,4 +87,4 @@ async def test_whoever_leaves_while_waiting_or_when_the_turn_comes_does_not_keep
     await asyncio.wait(waiting)
     assert all(task.cancelled() for task in waiting)
     lock.release(await asyncio.wait_for(lock.acquire("c", "z"), 1))
-    assert lock._held == {}
+    assert not len(lock._tenants)

@@ -49,7 +49,7 @@ async def test_a_tenant_alone_takes_half_and_another_one_always_gets_some() -> N
     for _, task, _ in work.tasks:
         task.cancel()
     await asyncio.gather(*(task for _, task, _ in work.tasks), return_exceptions=True)
-    assert (work.slots._free, work.slots._waiting, +work.slots._taken) == (48, [], Counter())
+    assert (work.slots._free, work.slots._waiting, work.slots._order, work.slots._taken) == (48, {}, [], Counter())
 
 
 @given(st.lists(st.tuples(st.sampled_from(["begin", "end", "cancel"]), st.integers(0, 30)), max_size=60))
@@ -67,7 +67,7 @@ def test_slots_are_neither_lost_nor_exceeded_and_nobody_waits_where_there_is_one
                 await work.settle()
             taken = sum(work.running.values())
             assert taken == 4 - work.slots._free <= 4
-            assert all(work.running[tenant] >= work.slots._free for tenant, _ in work.slots._waiting)
+            assert all(work.running[tenant] >= work.slots._free for tenant in work.slots._waiting)
         for _, task, end in work.tasks:
             end.set()
             task.cancel()

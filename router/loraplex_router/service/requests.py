@@ -149,6 +149,11 @@ class Requests:
         self._running.begin(request_id, visit, generations)
         return generations
 
+    def preparing(self, tenant: Tenant) -> AbstractContextManager[None]:
+        """A context in which a text is worked on that will not be queued. It waits as a sequence does that is prepared:
+        if the queue is full, raises OverloadedError."""
+        return self._admission.preparing(1, tenant, background=False)
+
     def close(self, generation: Generation) -> None:
         """The reader is done, or gone: ends unfinished sequences."""
         self.cancel(generation)

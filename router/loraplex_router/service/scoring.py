@@ -104,10 +104,13 @@ async def _compare(service: Service, request: ScoreRequest, key: str | None) -> 
     return Scores(values, sum(each.prompt_tokens for each in found), found)
 
 
-async def _shortened(service: Service, texts: Sequence[str], most: int, key: str | None) -> list[str]:
+async def _shortened(service: Service, texts: Sequence[str], most: int, key: str | None) -> Sequence[str]:
     """Each text up to the end of that many tokens; 0: all of it."""
-    tenant, tokenizer = service.keys.tenant(key).name, service.tokenizer
-    return [await tokenizer.beginning(text, most, tenant=tenant) if most else text for text in texts]
+    if not most:
+        return texts
+    tenant, tokenizer = service.keys.tenant(key), service.tokenizer
+    with service.requests.preparing(tenant):
+        return [await tokenizer.beginning(text, most, tenant=tenant.name) for text in texts]
 
 
 def _cosine(one: Sequence[float], other: Sequence[float]) -> float:

@@ -15,6 +15,7 @@ from loraplex_protos.errors import UnauthenticatedError, UnavailableError
 from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys
 from loraplex_router.access.shared_limits import SharedLimits
+from loraplex_router.access.tenant import Tenant
 from loraplex_router.adapters.suggestions import Suggestions
 from loraplex_router.batches.batches import Batches
 from loraplex_router.engine.generation import Generation
@@ -236,33 +237,41 @@ class Service:
         adapter's chat template, if it has one. An adapter may have tokens of its own."""
         session = session or new_session()  # one version of the adapter renders and tokenizes
         tenant = self.keys.tenant(key)
-        if isinstance(prompt, Chat):
-            with await self._place(adapter, key, session) as lease:
-                prompt = (await self._preparation.render(prompt, lease.adapter, tenant)).text
-        tokenizer, _ = await self.tokenizer_for(adapter, key, session)
-        return await tokenizer.spans(prompt, add_special_tokens, tenant=tenant.name)
+        with self.requests.preparing(tenant):
+            if isinstance(prompt, Chat):
+                with await self._place(adapter, tenant, session) as lease:
+                    prompt = (await self._preparation.render(prompt, lease.adapter, tenant)).text
+            tokenizer, _ = await self._tokenizer_for(adapter, tenant, session)
+            return await tokenizer.spans(prompt, add_special_tokens, tenant=tenant.name)
 
     async def classifier(
         self, adapter: AdapterReference | None, key: str | None = None, session: str = ""
     ) -> pb.Classifier | None:
         """What classifies for the adapter: its own classifier, or else the model's, if there is one."""
-        with await self._place(adapter, key, session) as lease:
+        tenant = self.keys.tenant(key)
+        with self.requests.preparing(tenant), await self._place(adapter, tenant, session) as lease:
             return lease.adapter.classifier or self._known_model.classifier
 
     async def tokenizer_for(
         self, adapter: AdapterReference | None, key: str | None = None, session: str = ""
     ) -> tuple[Tokenizer, int]:
         """The tokenizer for the adapter's prompts and answers, and how many tokens there are."""
+        tenant = self.keys.tenant(key)
+        with self.requests.preparing(tenant):
+            return await self._tokenizer_for(adapter, tenant, session)
+
+    async def _tokenizer_for(
+        self, adapter: AdapterReference | None, tenant: Tenant, session: str
+    ) -> tuple[Tokenizer, int]:
         if adapter is None:
-            self.keys.tenant(key)
             return self.tokenizer, self.info.vocab_size
-        with await self._place(adapter, key, session) as lease:
+        with await self._place(adapter, tenant, session) as lease:
             model = self._known_model
             return await model.read_tokenizer(lease.adapter), model.vocab_size(lease.adapter)
 
-    async def _place(self, adapter: AdapterReference | None, key: str | None, session: str) -> Lease:
+    async def _place(self, adapter: AdapterReference | None, tenant: Tenant, session: str) -> Lease:
         """A placement for work that only needs the adapter's files."""
-        tenant, found = self.keys.tenant(key), Violations()
+        found = Violations()
         check_adapter(adapter, self.info.adapter_sources, found)
         found.raise_any()
         return await self._preparation.place(await self.requests.resolve(adapter, tenant, session), tenant)

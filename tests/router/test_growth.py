@@ -1,0 +1,94 @@
+"""What one waits for, or is listed, costs as much however many others there are. Lines of Python are counted, not
+seconds."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from loraplex_protos.errors import OverloadedError
+from loraplex_router.fair_slots import FairSlots
+from loraplex_router.service.scoring import ScoreRequest, score
+from loraplex_router.text.fair_lock import FairLock
+from loraplex_router.vocabulary.references import AdapterReference
+from loraplex_router.vocabulary.request import Request
+from tests.router.test_engine import Setup
+
+
+def count_lines(work: Callable[[], object]) -> int:
+    """How many lines are executed, each turn of a loop or a comprehension counted as one."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, of: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    former = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(former)
+    return count
+
+
+def grows_as_its_size(work: Callable[[int], object]) -> bool:
+    """Whether ten times as much takes some ten times as many lines, not a hundred times."""
+    return count_lines(lambda: work(500)) < 15 * count_lines(lambda: work(50))
+
+
+async def hold_lock(size: int, tenants: int, matters: int) -> None:
+    lock = FairLock()
+
+    async def hold(number: int) -> None:
+        turn = await lock.acquire(str(number % tenants), str(number % matters))
+        await asyncio.sleep(0)
+        lock.release(turn)
+
+    await leave_some([asyncio.create_task(hold(number)) for number in range(size)])
+
+
+async def take_slots(size: int, tenants: int, matters: int) -> None:
+    slots = FairSlots(4)
+
+    async def take(number: int) -> None:
+        async with slots.taken(str(number % tenants)):
+            await asyncio.sleep(0)
+
+    await leave_some([asyncio.create_task(take(number)) for number in range(size)])
+
+
+async def leave_some(tasks: list[asyncio.Task[None]]) -> None:
+    await asyncio.sleep(0)
+    for task in tasks[1::3]:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("tenants", "matters"), [(1, 1), (1, 1000), (1000, 1)])
+@pytest.mark.parametrize("wait", [hold_lock, take_slots])
+def test_many_who_wait_cost_as_much_each_as_few(
+    wait: Callable[[int, int, int], Coroutine[None, None, None]], tenants: int, matters: int
+) -> None:
+    assert grows_as_its_size(lambda size: asyncio.run(wait(size, tenants, matters)))
+
+
+async def test_what_is_tokenized_waits_in_the_queue_of_sequences_which_has_a_limit() -> None:
+    setup = Setup(max_queue=2)  # its engine does not run
+    service = setup.service
+    kept = [await service.generate(Request(prompt=(1,))) for _ in range(2)]
+    for refused in (
+        service.tokenize("A", False, None),
+        service.tokenizer_for(AdapterReference("a"), None),
+        score(service, ScoreRequest(("A",), ("B",), max_query=1)),
+    ):
+        with pytest.raises(OverloadedError, match="the queue is full"):
+            await refused
+    for generation in kept:
+        service.requests.close(generation)
+    assert len(await service.tokenize("A", False, None)) == 1
+    assert service.requests.idle
