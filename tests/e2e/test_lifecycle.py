@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socketserver
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -33,7 +35,7 @@ from loraplex import (
 )
 from loraplex_protos import shard_pb2
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
-from tests.e2e.processes import ForkingShard, Process, Server, Shard, free_port, run
+from tests.e2e.processes import ForkingShard, Process, Router, Server, Shard, free_port, run
 from tests.e2e.tiny import Oracle, byte_tokenizer
 
 FOREVER = {"max_new_tokens": 6000, "ignore_eos": True}
@@ -227,6 +229,24 @@ def test_a_shard_that_stops_does_not_wait_for_a_download(model: Path):
             assert asked.wait(60)
             assert shard.terminate() == 0
             assert staging.exception() is not None
+
+
+def test_a_router_whose_disk_hangs_still_answers_and_stops(tmp_path: Path):
+    registry, keys = tmp_path / "registry.yaml", tmp_path / "keys.yaml"
+    registry.write_text("adapters: {}")
+    keys.write_text(f"tenants: {{acme: {{keys: ['{'0' * 64}']}}}}")
+    with Router("--shards=unix:/nowhere", f"--adapter-registry={registry}", f"--api-keys={keys}") as router:
+        for path in registry, keys:
+            os.mkfifo(tmp_path / "new")
+            (tmp_path / "new").replace(path)  # whoever reads it waits for what is never written
+            while True:
+                with contextlib.suppress(OSError):  # nobody reads it yet
+                    os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+                    break
+                time.sleep(0.01)
+        for _ in range(3):
+            assert router.health() == 503
+        assert router.terminate() == 0
 
 
 class EndlessHub(socketserver.ThreadingTCPServer):

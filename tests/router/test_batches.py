@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import threading
 import time
 from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Iterator
@@ -22,6 +23,7 @@ from loraplex_router.api.http.inner_calls import InnerCalls
 from loraplex_router.api.http.openai.batches.routes import MOST_UPLOADS, uploads
 from loraplex_router.batches.bucket import BatchBucket
 from loraplex_router.batches.folder import BatchFolder
+from loraplex_router.batches.folder_job import FolderJob
 from loraplex_router.batches.opening import open_batches
 from loraplex_router.batches.reading import Line
 from loraplex_router.batches.runner import BatchRunner
@@ -486,6 +488,30 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path: Path) -> 
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"^--batches: .*/file/batches cannot be made: Not a directory$"):
         BatchFolder(tmp_path / "file" / "batches", 1)
+
+
+async def test_a_disk_that_hangs_stops_neither_the_event_loop_nor_the_end_of_the_runner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex_router.batches.runner.SAVE_SECONDS", 0.1)
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def append(self: FolderJob, row: bytes, failed: bool) -> None:
+        hangs.set()
+        goes_on.wait(120)
+
+    monkeypatch.setattr(FolderJob, "_append", append)
+    world = World(tmp_path)
+    await create(world.client(), text(line(0)))
+    try:
+        async with asyncio.timeout(60):
+            async with world.running():
+                while not hangs.is_set():
+                    await asyncio.sleep(0.01)
+        assert not goes_on.is_set()
+    finally:
+        goes_on.set()
+        world.batches._working.shutdown()
 
 
 async def test_a_folder_that_fails_does_not_end_the_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

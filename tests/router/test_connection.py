@@ -291,6 +291,56 @@ async def test_a_grpc_client_whose_host_is_gone_is_given_up(monkeypatch: pytest.
     await server.stop(0)
 
 
+class Clock:
+    """Takes the place of asyncio in `sending`. Its time goes on when all wait for it."""
+
+    create_task = staticmethod(asyncio.create_task)
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._waiting: list[tuple[float, asyncio.Future[None]]] = []
+
+    def get_running_loop(self) -> "Clock":
+        return self
+
+    def time(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self._waiting.append((self.now + seconds, asyncio.get_running_loop().create_future()))
+        await self._waiting[-1][1]
+
+    async def run(self) -> None:
+        while True:
+            for _ in range(10):
+                await asyncio.sleep(0)
+            self._waiting.sort(key=lambda each: each[0])
+            self.now, came = self._waiting.pop(0)
+            if not came.done():
+                came.set_result(None)
+
+
+@pytest.mark.parametrize(("seconds", "sent"), [(60, True), (119, True), (121, False)])
+async def test_the_time_to_read_an_answer_of_grpc_begins_when_it_is_sent(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, sent: bool
+):
+    clock = Clock()
+    monkeypatch.setattr(sending, "asyncio", clock)
+
+    async def answers() -> AsyncIterator[str]:
+        await clock.sleep(110)  # in the queue
+        yield "first"
+        yield "second"
+
+    class Context:
+        async def write(self, answer: str) -> None:
+            await clock.sleep(seconds)
+
+    running = asyncio.create_task(clock.run())
+    assert await sending.Sender(answers(), Context()).send_all() is sent
+    running.cancel()
+
+
 async def test_a_grpc_client_that_pings_often_keeps_its_connection():
     server = GrpcServer(GenerationServiceServicer(), LIMIT)
     grpc_port = await server.start("127.0.0.1", 0)

@@ -142,6 +142,26 @@ async def test_a_process_that_cannot_start_is_a_temporary_server_error(tmp_path:
     await renderer.aclose()
 
 
+async def test_a_process_that_hangs_while_it_starts_is_given_up_and_ends_with_the_renderer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(600)")
+    hanging = Renderer(OWN)
+    async with asyncio.timeout(60):
+        with monkeypatch.context() as broken:
+            broken.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+            broken.setattr("loraplex_router.text.renderer.START_SECONDS", 0.1)
+            with pytest.raises(UnavailableError, match="at the moment: try again"):
+                await hanging.render(OWN, CHAT)
+            broken.setattr("loraplex_router.text.renderer.START_SECONDS", 600)
+            asking = asyncio.create_task(hanging.render(OWN, CHAT))
+            while hanging._quick._process is None:
+                await asyncio.sleep(0.01)
+            await hanging.aclose()
+        with pytest.raises(InvalidRequestError, match="shutting down"):
+            await asking
+
+
 async def test_a_long_conversation_is_rendered_completely(renderer: Renderer):
     text = "wörd " * LONG
     rendered = await renderer.render(OWN, Chat((Message("user", text, {"name": "Ann"}),)))

@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from loraplex_protos.errors import ForbiddenError, RateLimitedError
-from loraplex_router.access.limit_store import LEASE_SECONDS, LimitStore
+from loraplex_router.access.limit_store import LEASE_SECONDS, LimitStore, Verdict
 from loraplex_router.access.shared_limits import SharedLimits
 from loraplex_router.access.tenant import Allowance, Tenant, Visit
 from loraplex_router.store.redis_server import RedisServer
@@ -136,6 +136,31 @@ async def test_tokens_that_one_router_spends_are_missing_in_the_other(redis: Red
     assert not await second.begin()
     for each in (first, second):
         await each.server.aclose()
+
+
+@pytest.mark.parametrize("failure", [None, ZeroDivisionError("a fault of ours")])
+async def test_calls_do_not_wait_for_an_answer_that_never_comes(failure: Exception | None):
+    class Store:
+        asked = asyncio.Event()
+
+        async def exchange(self, uses: object) -> list[Verdict]:
+            if uses:
+                self.asked.set()
+                if failure:
+                    raise failure
+                await asyncio.Event().wait()
+            return []
+
+    store = Store()
+    limits = SharedLimits(store)
+    running = asyncio.create_task(limits.run())
+    await asyncio.sleep(0)
+    call = asyncio.create_task(limits.begin(Tenant("waits", Allowance(max_requests=1)), 0.0))
+    async with asyncio.timeout(60):
+        await store.asked.wait()
+        running.cancel()  # the router stops, if its loop has not failed
+        await call
+        await asyncio.wait([running])
 
 
 async def test_calls_that_come_together_wait_for_one_answer(redis: Redis):

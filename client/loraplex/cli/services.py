@@ -50,8 +50,7 @@ def serve(context: typer.Context) -> None:
     settings = parse(ServeSettings, context.args, "serve", SERVE_TEXT, positional="model")
     configure(settings.log_format)
     warn_of_variables(settings, "serve")
-    with _errors_shown():
-        _run_on_uvloop(run(settings, console))
+    _run_on_uvloop(run(settings, console))
 
 
 def router(context: typer.Context) -> None:
@@ -71,8 +70,7 @@ def router(context: typer.Context) -> None:
         with suppress(OSError):  # its reader is gone, or the disk is full
             print(f"gRPC {settings.url_host}:{grpc_port}  HTTP {settings.url_host}:{http_port}", flush=True)
 
-    with _errors_shown():
-        _run_on_uvloop(app.run(settings, ready))
+    _run_on_uvloop(app.run(settings, ready))
 
 
 def shard(context: typer.Context) -> None:
@@ -136,13 +134,15 @@ def _leave_forks_alone() -> None:
 
 
 def _run_on_uvloop(main: Coroutine[None, None, bool]) -> None:
-    """Runs a service, which returns whether it was interrupted before it was ready."""
+    """Runs a service, which returns whether it was interrupted before it was ready, and ends the process."""
     import uvloop
 
-    with _stopped_once():
-        interrupted = uvloop.run(main)
-    if interrupted:
-        raise typer.Exit(INTERRUPTED)
+    async def run() -> None:
+        with _not_waiting_for_threads(), _errors_shown(), _stopped_once():
+            if await main:
+                raise typer.Exit(INTERRUPTED)
+
+    uvloop.run(run())
 
 
 @contextmanager
@@ -168,10 +168,12 @@ def _errors_shown() -> Iterator[None]:
 
 @contextmanager
 def _not_waiting_for_threads() -> Iterator[None]:
-    """Ends the process as soon as the block exits, without waiting for threads, which may be in a download."""
+    """Ends the process as soon as the block exits, without waiting for threads, which may be in a download or wait for
+    a disk that hangs."""
     try:
         yield
     except SystemExit:
         os._exit(0)
     except typer.Exit as end:
         os._exit(end.exit_code)
+    os._exit(0)

@@ -19,12 +19,12 @@ class FollowedFile:
         """Yields whenever the file has changed. Never ends."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            if (state := self.state()) != self.seen:
+            if (state := await asyncio.to_thread(self.state)) != self.seen:
                 self.seen = state
                 yield
 
     def state(self) -> tuple[int, ...]:
-        """Another one whenever the file is another one."""
+        """Another one whenever the file is another one. Blocks, for as long as a disk hangs."""
         try:
             with open(self._path, "rb") as file:  # so that network file systems ask the server, not their cache
                 return state_of(os.fstat(file.fileno()))

@@ -14,6 +14,7 @@ tenants:
     admin: true
 """
 
+import asyncio
 import logging
 from collections import Counter
 from pathlib import Path
@@ -70,11 +71,11 @@ class KeyFile:
     async def follow(self) -> None:
         """Checks the file periodically, until cancelled. Keeps the old keys while the file is invalid."""
         async for _ in self._file.changes():
-            self._reload()
+            await self._reload()
 
-    def _reload(self) -> None:
+    async def _reload(self) -> None:
         try:
-            self.keys.update(read_tenants(self._path))
+            self.keys.update(await asyncio.to_thread(read_tenants, self._path))
         except KeyFileError as error:
             logger.error("keeping the previous API keys: %s", error)
         else:

@@ -76,6 +76,12 @@ class SharedLimits:
     async def exchange(self) -> None:
         """Tells the store what is in use and what is to begin, as far as it does not know."""
         beginnings, self._beginnings = [each for each in self._beginnings if not each.refusal.done()], []
+        try:
+            await self._exchange(beginnings)
+        finally:
+            self._answer(beginnings, ())  # whatever happened, nobody waits any longer
+
+    async def _exchange(self, beginnings: Sequence[_Beginning]) -> None:
         now = self._clock()
         renews = self._renewed + RENEW_SECONDS <= now
         of_tenants = defaultdict[Tenant, list[_Beginning]](list)
@@ -96,7 +102,6 @@ class SharedLimits:
                 logger.warning("each router counts limits for itself for now: %s", error.message)
             self._fails = True
             self._tenants = {tenant: NOTHING for tenant in self._tenants if _held(tenant, ()) != NOTHING}
-            self._answer(beginnings, ())
             return
         if self._fails:
             logger.warning("routers count limits together again")
@@ -123,7 +128,7 @@ class SharedLimits:
         )
 
     def _answer(self, beginnings: Sequence[_Beginning], refusals: Sequence[str]) -> None:
-        """Those without a refusal begin."""
+        """Those without a refusal begin, if they have no answer yet."""
         for place, each in enumerate(beginnings):
             if not each.refusal.done():
                 each.refusal.set_result(refusals[place] if refusals else "")

@@ -31,13 +31,13 @@ class Tls:
     async def follow(self) -> None:
         """Serves HTTP with the renewed certificate, until cancelled. (gRPC looks for itself.)"""
         async for _ in self._file.changes():
-            while not self._reload():  # until its key is there, too
+            while not await self._reload():  # until its key is there, too
                 await asyncio.sleep(followed_file.LOOK_SECONDS)
 
-    def _reload(self) -> bool:
+    async def _reload(self) -> bool:
         try:
-            self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
-            self._load(self.context)
+            await asyncio.to_thread(self._load, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+            self._load(self.context)  # which connections use meanwhile
         except OSError as error:
             logger.error("keeping the previous certificate: %s", error)
             return False

@@ -124,7 +124,7 @@ class Job(ABC):
         self.save()
 
     def close(self) -> None:
-        """No answer is taken from now on. Does not block for long."""
+        """No answer is taken from now on."""
         with self._writing:
             self._open = False
 

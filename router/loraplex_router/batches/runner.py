@@ -4,8 +4,8 @@ it, and background work."""
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
 from loraplex_protos.errors import BatchNotFoundError, OverloadedError, UnavailableError
@@ -13,6 +13,7 @@ from loraplex_router.batches.batches import Batches
 from loraplex_router.batches.job import Job
 from loraplex_router.batches.reading import Line
 from loraplex_router.batches.records import BatchRecord, Status
+from loraplex_router.loops import keep_running
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class BatchRunner:
     async def run(self) -> None:
         """Never returns. When it is cancelled, the lines in flight are given up: whoever runs the batch next computes
         them again."""
-        cleaning = asyncio.create_task(self._clean())
+        cleaning = asyncio.create_task(keep_running(self._clean))
         try:
             while True:
                 try:
@@ -82,7 +83,7 @@ class BatchRunner:
             if job is None:
                 return
             record = job.record
-            with closing(job):
+            async with self._closing(job):
                 if record.status is Status.CANCELLING and record.in_progress_at is None:
                     return await work(job.end, Status.CANCELLED)
                 if not await work(job.begin, self._longest):
@@ -106,6 +107,16 @@ class BatchRunner:
         except Exception:
             logger.exception("batch %s stopped; it is tried again in %g s", id, LONGEST_WAIT)
             await asyncio.sleep(LONGEST_WAIT)
+
+    @asynccontextmanager
+    async def _closing(self, job: Job) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:  # which may have to wait for a place that hangs: not for long if the router stops
+            task = asyncio.current_task()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SAVE_SECONDS if task and task.cancelling() else None):
+                    await self._batches.work(job.close)
 
     async def _run_lines(self, job: Job) -> Status | None:
         """How the batch ends. None: another router may run it now."""

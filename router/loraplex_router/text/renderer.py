@@ -33,6 +33,8 @@ SLOW_NICENESS = 5  # what takes long leaves most of a busy processor to the shar
 MOST_SLOW = 8  # slow conversations of a tenant that may wait for the same template
 STARTS = 3  # on a machine that is short of memory, a process may end before it is ready
 ANSWER_SECONDS = 60  # of wall-clock time: in case the process gets no CPU time at all
+START_SECONDS = 120  # of wall-clock time, in which it imports its libraries, maybe from a slow disk
+KILLED_SECONDS = 5  # for which a process is waited for that was killed: a disk that hangs may keep it for ever
 READY = b"ready\n"
 LONG = 2**18  # bytes; longer conversations take noticeable time
 # transformers imports numpy, which needs no threads here; and the warning about missing torch is silenced.
@@ -41,6 +43,7 @@ KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "TZ")  # environment variables;
 
 Answer: TypeAlias = tuple[str, str, str]  # see template_process.answer
 SLOW: Answer = "slow", "", ""
+REFUSED: Answer = "refused", "the server is shutting down", ""
 
 
 class Renderer:
@@ -118,23 +121,38 @@ class _Process:
     async def _answer(self, question: bytes, turn: Turn) -> Answer:
         try:
             if self._closed:
-                return "refused", "the server is shutting down", ""
+                return REFUSED
             if self._process is not None and _is_gone(self._process):
                 await self._end()
-            if self._process is None:
-                self._process = await _start(self._arguments)
+            process = self._process or await self._start()
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
-                    return await _exchange(self._process, question)
+                    return await _exchange(process, question)
             except (TimeoutError, OSError, EOFError):  # EOFError: it died
                 await self._end()
                 return SLOW
         except Exception as error:  # the system cannot start a process, or the event loop lost one
-            logger.exception("the process that renders chat templates failed")
             await self._end()
+            if self._closed:
+                return REFUSED
+            logger.exception("the process that renders chat templates failed")
             raise UnavailableError("chat templates cannot be rendered at the moment: try again") from error
         finally:
             self.lock.release(turn)
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        """Returns the process once it is ready."""
+        for _ in range(STARTS):
+            self._process = process = await _spawn(self._arguments)
+            if self._closed:  # meanwhile
+                break
+            assert process.stdout
+            async with asyncio.timeout(START_SECONDS):
+                async for line in process.stdout:
+                    if line == READY:
+                        return process
+            await self._end()
+        raise OSError("it exited before it was ready")
 
     def _kill(self) -> None:
         if self._process is not None:
@@ -146,7 +164,9 @@ class _Process:
         self._kill()
         process, self._process = self._process, None
         if process is not None:
-            await process.communicate()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(KILLED_SECONDS):
+                    await process.communicate()
 
 
 def _is_gone(process: asyncio.subprocess.Process) -> bool:
@@ -163,21 +183,14 @@ async def _exchange(process: asyncio.subprocess.Process, question: bytes) -> Ans
     return head["kind"], text, head["turn_end"]
 
 
-async def _start(arguments: tuple[str, ...]) -> asyncio.subprocess.Process:
-    """Starts the process with a minimal environment. Returns once it is ready."""
+async def _spawn(arguments: tuple[str, ...]) -> asyncio.subprocess.Process:
+    """Starts the process with a minimal environment."""
     environment = {**{name: os.environ[name] for name in KEPT if name in os.environ}, **QUIET}
     pipe = asyncio.subprocess.PIPE
     command = sys.executable, "-P", "-m", "loraplex_router.text.template_process", *arguments
-    for _ in range(STARTS):
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True
-        )
-        assert process.stdout
-        async for line in process.stdout:
-            if line == READY:
-                return process
-        await process.communicate()
-    raise OSError("it exited before it was ready")
+    return await asyncio.create_subprocess_exec(
+        *command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True
+    )
 
 
 def _write(templates: ChatTemplates, chat: Chat) -> bytes:
