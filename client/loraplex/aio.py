@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from loraplex.calls import Calls
-from loraplex.connection import CHANNEL_OPTIONS, read_address
+from loraplex.connection import read_server
 
 
 class EventLoop:
@@ -53,11 +53,11 @@ class AsyncClient(Calls):
         """`server` is host:port, or https://host:port for a server with TLS; `api_key` is for a server with keys;
         `credentials`, such as `grpc.ssl_channel_credentials(root_certificates)`, also turn TLS on; `max_retries` is how
         often a call is tried again. Raises ValueError if `server` is another URL."""
-        address, credentials = read_address(server, credentials)
+        address, credentials, options = read_server(server, credentials)
         if credentials is None:
-            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            channel = grpc.aio.insecure_channel(address, options=options)
         else:
-            channel = grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+            channel = grpc.aio.secure_channel(address, credentials, options=options)
         super().__init__(server, channel, api_key, max_retries, EventLoop())
 
     async def __aenter__(self) -> Self:

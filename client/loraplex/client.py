@@ -8,7 +8,7 @@ import grpc.aio
 
 from loraplex.blocking import Blocking, BlockingChannel, CallingThread, blocking, blocking_stream
 from loraplex.calls import Calls
-from loraplex.connection import CHANNEL_OPTIONS, read_address
+from loraplex.connection import read_server
 
 
 class Client(Blocking[Calls]):
@@ -36,11 +36,11 @@ class Client(Blocking[Calls]):
         """`server` is host:port, or https://host:port for a server with TLS; `api_key` is for a server with keys;
         `credentials`, such as `grpc.ssl_channel_credentials(root_certificates)`, also turn TLS on; `max_retries` is how
         often a call is tried again. Raises ValueError if `server` is another URL."""
-        address, credentials = read_address(server, credentials)
+        address, credentials, options = read_server(server, credentials)
         if credentials is None:
-            channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+            channel = grpc.insecure_channel(address, options=options)
         else:
-            channel = grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+            channel = grpc.secure_channel(address, credentials, options=options)
         awaitable = cast(grpc.aio.Channel, BlockingChannel(channel))
         super().__init__(Calls(server, awaitable, api_key, max_retries, CallingThread()))
 

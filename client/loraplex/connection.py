@@ -1,12 +1,13 @@
 """Sends calls, and tries again what can be tried again."""
 
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import grpc
 import grpc.aio
 
 from loraplex.retries import Attempts
+from loraplex.rpc_errors import is_local
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.generation_pb2_grpc import GenerationServiceStub
 
@@ -31,13 +32,24 @@ HTTPS = "https://"
 Metadata = tuple[tuple[str, str], ...]
 
 
-def read_address(
-    server: str, credentials: grpc.ChannelCredentials | None
-) -> tuple[str, grpc.ChannelCredentials | None]:
-    """HOST:PORT, and the credentials for it: an address that begins with https:// is one of a server with TLS."""
-    if not server.startswith(HTTPS):
-        return server, credentials
-    return server.removeprefix(HTTPS).rstrip("/"), credentials or grpc.ssl_channel_credentials()
+class Server(NamedTuple):
+    """What a channel is opened with."""
+
+    address: str
+    credentials: grpc.ChannelCredentials | None
+    options: tuple[tuple[str, int], ...]
+
+
+def read_server(server: str, credentials: grpc.ChannelCredentials | None) -> Server:
+    """HOST:PORT, and the credentials for it: an address that begins with https:// is one of a server with TLS. Raises
+    ValueError for other URLs."""
+    if not server or server.startswith("http://"):
+        raise ValueError(f"{server!r} is not HOST:PORT, the address of a server's gRPC port, such as localhost:50051")
+    address = server
+    if server.startswith(HTTPS):
+        address, credentials = server.removeprefix(HTTPS).rstrip("/"), credentials or grpc.ssl_channel_credentials()
+    own = (("grpc.enable_http_proxy", 0),) if is_local(address) else ()  # no proxy of the environment leads there
+    return Server(address, credentials, CHANNEL_OPTIONS + own)
 
 
 class Method(Protocol[Q, R]):
@@ -79,11 +91,7 @@ class Connection:
         max_retries: int,
         waiting: Waiting,
     ) -> None:
-        """Raises ValueError for a wrong address or number."""
-        if not server or server.startswith("http://"):
-            raise ValueError(
-                f"{server!r} is not HOST:PORT, the address of a server's gRPC port, such as localhost:50051"
-            )
+        """Raises ValueError for a wrong number."""
         if max_retries < 0:
             raise ValueError("max_retries must not be negative")
         self._server = server

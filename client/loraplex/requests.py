@@ -1,7 +1,9 @@
 """Protobuf requests from callers' values. Checks only the fields' names and types; the server checks the rest."""
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from difflib import get_close_matches
 from typing import Any, TypeVar, Unpack, cast
 
 from google.protobuf.message import Message as Proto
@@ -43,7 +45,7 @@ def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.G
     for part in parts:
         _fill(part, **{name: given.pop(name) for name in part.DESCRIPTOR.fields_by_name if name in given})
     if given:
-        raise TypeError(f"unknown option: {', '.join(given)}")
+        raise TypeError(f"unknown option: {', '.join(map(_unknown, given))}")
     if grammar is not None:
         request.grammar.CopyFrom(_grammar(grammar))
     _with_adapter(request, adapter)
@@ -55,6 +57,11 @@ def generate_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.G
     if single or tool_choice not in (None, "auto"):
         request.tool_choice.CopyFrom(_fill(_tool_choice(tool_choice), single=single))
     return request
+
+
+def _unknown(option: str) -> str:
+    meant = get_close_matches(option, GenerateOptions.__annotations__, 1)
+    return f"{option} ({meant[0]}?)" if meant else option
 
 
 def _add_tools(request: pb.GenerateRequest | pb.TokenizeRequest, tools: Sequence[AnyTool] | None) -> None:
@@ -226,5 +233,8 @@ def _fill(proto: P, /, **values: object) -> P:
             try:
                 proto.MergeFrom(type(proto)(**{name: value}))
             except (TypeError, ValueError) as error:
-                raise InvalidRequestError(FieldViolation(name, str(error))) from error
+                why = str(error)
+                if why == "bad argument type for built-in operation":  # protobuf's for what is not a text
+                    why = f"{reprlib.repr(value)} is not a text, or has something else than texts"
+                raise InvalidRequestError(FieldViolation(name, why)) from error
     return proto

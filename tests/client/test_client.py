@@ -289,3 +289,24 @@ def test_a_host_that_cannot_be_resolved_is_named() -> None:
 def test_the_error_says_that_the_timeout_passed(client: Client) -> None:
     with pytest.raises(DeadlineError, match="the server did not answer within the timeout"):
         client.generate(ENDLESS, timeout=0.3)
+
+
+def test_a_proxy_of_the_environment_is_named_and_is_not_for_this_machine(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with Client(address) as client:
+        assert client.info().model_id == "tiny"
+    with (
+        Client(address.replace("127.0.0.1", "127.0.0.2"), max_retries=0) as client,
+        pytest.raises(UnavailableError, match="the proxy in http_proxy, unless no_proxy names the server"),
+    ):
+        client.info(timeout=60)
+
+
+def test_the_error_says_that_a_server_does_not_speak_tls(address: str) -> None:
+    with (
+        Client(f"https://{address}", max_retries=0) as client,
+        pytest.raises(UnavailableError, match="does not speak TLS: leave out https:// and credentials"),
+    ):
+        client.info(timeout=60)

@@ -16,8 +16,7 @@ SOON = {"grpc.keepalive_time_ms": 100, "grpc.http2.ping_timeout_ms": 100}
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     options = tuple((name, SOON.get(name, value)) for name, value in CHANNEL_OPTIONS)
-    for module in "client", "aio":
-        monkeypatch.setattr(f"loraplex.{module}.CHANNEL_OPTIONS", options)
+    monkeypatch.setattr("loraplex.connection.CHANNEL_OPTIONS", options)
 
 
 @pytest.fixture

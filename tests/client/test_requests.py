@@ -35,6 +35,18 @@ def test_an_empty_list_of_tokens_is_sent_for_the_server_to_refuse() -> None:
     assert generate_request([]).WhichOneof("prompt") == "token_ids"
 
 
+def test_what_is_not_a_text_is_named() -> None:
+    parts: Any = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    with pytest.raises(InvalidRequestError, match=r"^content: .*'Hi'.* is not a text"):
+        generate_request(parts)
+
+
+def test_an_unknown_option_is_refused_with_the_one_that_may_be_meant() -> None:
+    options: Any = {"max_tokens": 5, "fish": 1}
+    with pytest.raises(TypeError, match=r"unknown option: max_tokens \(max_new_tokens\?\), fish"):
+        generate_request("Hi", **options)
+
+
 @pytest.mark.parametrize("prompt", [None, {"role": "user", "content": "Hi"}, b"Hi", 7])
 def test_what_is_not_a_prompt_is_refused_with_what_a_prompt_is(prompt: Any) -> None:
     with pytest.raises(InvalidRequestError, match=r"^prompt: has the type \w+: send a text, a list"):

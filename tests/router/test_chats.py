@@ -58,6 +58,7 @@ def test_templates_see_tools_calls_and_results_in_the_form_of_openais_api():
 @pytest.mark.parametrize(
     ("request_", "fields"),
     [
+        (pb.GenerateRequest(chat=pb.Chat(messages=[HI, pb.ChatMessage(content="Hi")])), ["chat.messages[1].role"]),
         (asking(pb.Tool(name="with space")), ["chat.tools[0].name"]),
         (asking(TIME, TIME), ["chat.tools"]),
         (asking(pb.Tool(name="t", parameters="{")), ["chat.tools[0].parameters"]),

@@ -58,7 +58,15 @@ async def test_both_ports_speak_tls_alone_and_with_renewed_certificates(
             with pytest.raises(UnavailableError, match="no replica is ready"):
                 await client.info()
         async with AsyncClient(f"localhost:{grpc_port}", max_retries=0) as client:
-            with pytest.raises(UnavailableError, match="no server answers"):
+            with pytest.raises(
+                UnavailableError, match=r"no server answers at localhost:.*if it speaks TLS, write https"
+            ):
+                await client.info()
+        async with AsyncClient(f"https://localhost:{grpc_port}", max_retries=0) as client:
+            with pytest.raises(UnavailableError, match=r"the certificate of https://localhost:.* is not trusted: give"):
+                await client.info()
+        async with AsyncClient(f"127.0.0.1:{grpc_port}", credentials=authorities, max_retries=0) as client:
+            with pytest.raises(UnavailableError, match=r"the certificate of 127.0.0.1:.* is for another name"):
                 await client.info()
 
         def shown(port: int) -> str:

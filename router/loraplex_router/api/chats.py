@@ -19,7 +19,13 @@ from loraplex_router.vocabulary.violations import Violations
 
 
 def read_chat(chat: pb.Chat) -> Chat:
-    """Raises InvalidRequestError for tools that cannot be described."""
+    """Raises InvalidRequestError for messages without a role and tools that cannot be described."""
+    found = Violations()
+    for place, message in enumerate(chat.messages):
+        found.check(
+            bool(message.role), f"chat.messages[{place}].role", "is empty: send user, assistant or another role"
+        )
+    found.raise_any()
     return Chat(tuple(map(_read_message, chat.messages)), tuple(_read_tools(chat.tools)))
 
 

@@ -43,6 +43,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.initial_reconnect_backoff_ms", 100),  # to find a shard soon after it has loaded its model
     ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.enable_http_proxy", 0),  # one in the environment is for adapter sources, and does not lead to ranks
 )
 
 RETRY_SECONDS = 0.1
