@@ -196,7 +196,8 @@ async def test_an_adapter_that_is_about_to_leave_is_pinned_once_it_is_staged_aga
             await asyncio.sleep(0)
     async with asyncio.timeout(60):
         await unloading
-        assert (await pinning).pinned
+        await pinning
+    assert (await listed(cluster))["a"].pinned
 
 
 async def test_pins_of_a_lost_replica_move_to_another(cluster: Cluster):

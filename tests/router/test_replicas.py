@@ -60,6 +60,12 @@ async def cluster() -> AsyncIterator[Cluster]:
     await made.close()
 
 
+@pytest.fixture
+def patient(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests wait for a replica for long, however slow the machine is."""
+    monkeypatch.setattr(cluster.replicas, "_move_seconds", 60)
+
+
 def request(first: int, tokens: int, adapter: str | None = None, **options: object) -> Request:
     reference = AdapterReference(adapter) if adapter else None
     return Request(prompt=(first,), adapter=reference, max_new_tokens=tokens, **options)
@@ -95,6 +101,7 @@ async def test_the_base_models_requests_go_to_the_less_busy_replica(cluster: Clu
         cluster.service.requests.close(generation)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_requests_of_a_lost_replica_continue_in_another_without_losing_tokens(cluster: Cluster):
     generations = [await cluster.service.generate(request(i, 100, "a" if i % 2 else None)) for i in range(6)]
     while not all(generation.outputs[0].generated > 5 for generation in generations):
@@ -109,6 +116,27 @@ async def test_requests_of_a_lost_replica_continue_in_another_without_losing_tok
     assert cluster.service.requests.idle and list(cluster.replicas) != [cluster.replica]
 
 
+@pytest.mark.usefixtures("patient")
+async def test_a_sequence_that_gave_way_with_a_sample_in_flight_stays_where_the_sample_comes(cluster: Cluster):
+    second = cluster.join("second")
+    cluster.replicas.drain(second)
+    cluster.replica.shards.step_seconds = 0.05
+    generation = await cluster.service.generate(request(0, 20))
+    sequence = generation.outputs[0].sequence
+    while not sequence.in_flight:
+        await asyncio.sleep(0)
+    cluster.replica.scheduler._preempt(sequence)
+    second.stopping = False
+    cluster.replicas.set_silent("0", True)
+    second.stopping = True
+    cluster.replicas.set_silent("0", False)
+    async with asyncio.timeout(60):
+        (delta,) = await generation.collect()
+    assert [sample.token for sample in delta.samples] == list(range(1, 21))
+    cluster.service.requests.close(generation)
+
+
+@pytest.mark.usefixtures("patient")
 async def test_requests_of_the_only_replica_and_new_ones_wait_for_a_replacement(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 50))
     cluster.lose(cluster.replica)
@@ -143,6 +171,7 @@ async def test_a_lost_replicas_requests_fail_if_no_replacement_is_ready_in_time(
     assert cluster.telemetry.registry.get_sample_value("loraplex_requests_total", labels) == 1
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_request_can_be_cancelled_while_it_has_no_replica(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 100, request_id="mine"))
     cluster.lose(cluster.replica)
@@ -227,6 +256,7 @@ async def test_a_silent_replica_gets_no_requests_hands_over_waiting_ones_and_con
         cluster.service.requests.close(generation)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_the_only_replica_keeps_its_requests_while_it_is_silent(cluster: Cluster):
     generation = await cluster.service.generate(request(0, 30))
     cluster.replicas.set_silent("0", True)

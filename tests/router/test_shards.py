@@ -9,15 +9,20 @@ import pytest
 import trustme
 from pydantic import ValidationError
 
-from bench.stand_in_shard import INFO, StandInServer, StandInShard, Timing
+from bench.stand_in_shard import INFO, Context, StandInServer, StandInShard, Timing
 from loraplex_protos import shard_pb2 as pb
-from loraplex_protos.errors import LoraplexError, UnavailableError
+from loraplex_protos.errors import LoraplexError, OverloadedError, UnavailableError, to_status
 from loraplex_protos.mtls import MtlsSettings, channel_credentials, server_credentials
 from loraplex_protos.protocol import PROTOCOL_VERSION
+from loraplex_router.adapters.resolutions import Resolutions
+from loraplex_router.adapters.staging import AT_A_TIME, AdapterStaging
 from loraplex_router.app import Router
+from loraplex_router.engine.changes import Changes
+from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.replicas.connections import adapter_bytes
 from loraplex_router.settings import RouterSettings
 from loraplex_router.telemetry.opening import open_telemetry
+from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.wire.discovery import Address
 from loraplex_router.wire.shard_group import ShardGroup
 
@@ -135,6 +140,46 @@ async def test_a_failed_plan_is_distinguished_from_one_that_may_be_lost(tmp_path
             await replica.receive()
         assert isinstance(failed.value, UnavailableError) == (ranks > 1)
         await replica.close()
+
+
+class BusyShard(StandInShard):
+    loaded = False
+
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
+        response = await super().LoadAdapter(request, context)
+        self.loaded = True
+        return response
+
+
+class FullShard(StandInShard):
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
+        await context.abort_with_status(to_status(OverloadedError("no memory")))
+
+
+async def test_what_a_rank_refuses_is_reported_once_the_others_have_answered(tmp_path: Path):
+    slow, full = BusyShard(Timing(load=0.2), rank(0, 2)), FullShard(Timing(), rank(1, 2))
+    async with AsyncExitStack() as stack:
+        for number, shard in enumerate((slow, full)):
+            await stack.enter_async_context(StandInServer(shard, f"unix:{tmp_path}/{number}"))
+        replica = await connect(Address(tuple(f"unix:{tmp_path}/{number}" for number in range(2))), MtlsSettings())
+        with pytest.raises(OverloadedError, match="no memory"):
+            await replica.load("a", 1)
+        assert slow.loaded
+        await replica.close()
+
+
+async def test_calls_that_are_made_after_the_connection_was_closed_find_the_replica_lost(tmp_path: Path):
+    shard = StandInShard(Timing(stage=60), rank(0, 1))
+    async with StandInServer(shard, f"unix:{tmp_path}/0"):
+        replica = await connect(Address((f"unix:{tmp_path}/0",)), MtlsSettings())
+        staging = AdapterStaging(replica, AdapterPool(2, 1000), Resolutions(), Changes(), wake=lambda: None)
+        adapters = [AdapterReference(str(number)) for number in range(AT_A_TIME)]
+        asking = [asyncio.create_task(staging.resolve(adapter, "acme")) for adapter in adapters]
+        while not shard.stages:
+            await asyncio.sleep(0.01)
+        await replica.close()
+        for outcome in await asyncio.gather(*asking, replica.fetches(), return_exceptions=True):
+            assert isinstance(outcome, UnavailableError)
 
 
 async def test_ranks_that_do_not_form_a_replica_are_refused(tmp_path: Path):

@@ -120,8 +120,9 @@ class Engine:
 
     def release(self, started: bool) -> list[Generation]:
         """Removes and returns its generations, without ending them: all if `started`, otherwise those of which nothing
-        was computed."""
-        released = [g for g in self._generations if started or not any(o.sequence.computed for o in g.outputs)]
+        was computed, and no sample of before they gave way is in flight: it might come when they are back."""
+        begun = {g for g in self._generations if any(o.sequence.computed or o.sequence.in_flight for o in g.outputs)}
+        released = [generation for generation in self._generations if started or generation not in begun]
         for generation in released:
             for output in generation.unfinished:
                 self._scheduler.finish(output.sequence)

@@ -1,7 +1,7 @@
 """Calls to ranks: typed errors, health checks, and consistency checks of their answers."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -11,6 +11,8 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import UnavailableError, from_rpc_error
 from loraplex_protos.protocol import PROTOCOL_VERSION
+
+CONNECTION_CLOSED = "the connection was closed"
 
 T = TypeVar("T")
 
@@ -71,8 +73,18 @@ async def typed(call: Awaitable[T]) -> T:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise UnavailableError("the connection was closed") from None  # during the call, by `close`
+        raise UnavailableError(CONNECTION_CLOSED) from None  # during the call, by `close`
     except grpc.RpcError as error:
         raise from_rpc_error(error) from None  # the call's repr may show its metadata
     except asyncio.InvalidStateError as error:  # a write to a stream that the other side has ended
         raise UnavailableError("the step stream is closed") from error
+
+
+async def all_of(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """The answers to calls that were made to several ranks. Raises an error only after all have answered, since what a
+    rank still does would meet the next call there; the error of a rank that is gone rather than another one."""
+    outcomes = await asyncio.gather(*map(typed, calls), return_exceptions=True)
+    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    if errors:
+        raise next((error for error in errors if isinstance(error, UnavailableError)), errors[0])
+    return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]

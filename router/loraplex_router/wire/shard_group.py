@@ -27,7 +27,7 @@ from loraplex_router.vocabulary.adapter import Adapter, Fetch, LocalAdapter, Sta
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
 from loraplex_router.wire.adapter_codec import merge_parts, read_invocation, read_staged, upload_parts
-from loraplex_router.wire.calls import agree, check_health, typed, watch_health
+from loraplex_router.wire.calls import CONNECTION_CLOSED, agree, all_of, check_health, typed, watch_health
 from loraplex_router.wire.codec import encode_grammar
 from loraplex_router.wire.discovery import Address
 from loraplex_router.wire.pulse import TICK_SECONDS, Pulse, SilentError
@@ -72,12 +72,13 @@ class ShardGroup:
         self._observer = observer
         self._credentials = credentials
         self._channels: list[grpc.aio.Channel] = []
-        self._ranks: list[ShardServiceAsyncStub] = []
+        self._stubs: list[ShardServiceAsyncStub] = []
         self._streams: list[Stream] = []
         self._sent: deque[float] = deque()  # when each plan without a result so far was sent, by time.monotonic
         self._answered: list[float] = []  # when each rank last answered
         self._pulse: Pulse | None = None  # set once all ranks are reachable
         self._reached = asyncio.Event()
+        self._closed = False
         self.info = pb.GetInfoResponse()
 
     async def connect(self) -> Self:
@@ -88,7 +89,7 @@ class ShardGroup:
         first = await self._reach(0)
         for rank in self._address.other_ranks(first.tensor_parallel_size):
             self._open(rank)
-        infos = await asyncio.gather(*map(self._reach, range(len(self._ranks))))
+        infos = await asyncio.gather(*map(self._reach, range(len(self._stubs))))
         await asyncio.gather(*map(check_health, self._channels))
         self.info = agree(infos)
         pulse = self._pulse = Pulse(len(infos), self.info.compiles, self.info.longest_step_us / 1e6)
@@ -96,7 +97,7 @@ class ShardGroup:
         await self._on_all(lambda rank: rank.Reset(pb.ResetRequest()))
         pulse.begin()
         self._streams = [rank.Step() for rank in self._ranks]
-        self._answered = [0.0] * len(self._ranks)
+        self._answered = [0.0] * len(self._stubs)
         return self
 
     def _open(self, rank: str) -> None:
@@ -107,7 +108,14 @@ class ShardGroup:
             override = (("grpc.ssl_target_name_override", name),) if name else ()
             channel = grpc.aio.secure_channel(rank, self._credentials, options=CHANNEL_OPTIONS + override)
         self._channels.append(channel)
-        self._ranks.append(ShardServiceStub(channel))
+        self._stubs.append(ShardServiceStub(channel))
+
+    @property
+    def _ranks(self) -> list["ShardServiceAsyncStub"]:
+        """The ranks, to call them. Raises UnavailableError after `close`: gRPC's own error is no LoraplexError."""
+        if self._closed:
+            raise UnavailableError(CONNECTION_CLOSED)
+        return self._stubs
 
     async def _reach(self, rank: int) -> pb.GetInfoResponse:
         """Tries until the rank answers. Logs each reason for failure once."""
@@ -130,7 +138,7 @@ class ShardGroup:
         await self._reached.wait()
         pulse = self._pulse
         assert pulse is not None
-        pings = [asyncio.create_task(self._ping(rank, pulse)) for rank in range(len(self._ranks))]
+        pings = [asyncio.create_task(self._ping(rank, pulse)) for rank in range(len(self._stubs))]
         last, silent = time.monotonic(), False
         try:
             while True:
@@ -218,7 +226,7 @@ class ShardGroup:
         with self._observer.loading("host"):
             first = await typed(self._ranks[0].StageAdapter(request))
             request.source, request.revision = first.source, first.revision
-            others = await asyncio.gather(*(typed(rank.StageAdapter(request)) for rank in self._ranks[1:]))
+            others = await all_of(rank.StageAdapter(request) for rank in self._ranks[1:])
             if any(other.digest != first.digest for other in others):
                 raise AdapterSourceError(f"adapter {quote(reference.id)}: the ranks read different files")
         return read_staged([first, *others])
@@ -308,9 +316,10 @@ class ShardGroup:
         return tuple(grammar.unenforced(schema.field, schema.keywords) for schema in answer.unenforced)
 
     async def close(self) -> None:
+        self._closed = True
         for stream in self._streams:
             stream.cancel()
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
     async def _on_all(self, call: Callable[["ShardServiceAsyncStub"], Awaitable[T]]) -> list[T]:
-        return await asyncio.gather(*(typed(call(rank)) for rank in self._ranks))
+        return await all_of(call(rank) for rank in self._ranks)
