@@ -1,6 +1,7 @@
 """The router's own loops: one that fails costs neither the others nor the streams."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,41 @@ async def test_a_loop_that_fails_is_logged_and_begun_again_while_the_others_go_o
     assert "ZeroDivisionError: the first" in caplog.text and "KeyError: 'the second'" in caplog.text
     work.cancel()
     await asyncio.wait([work])
+
+
+async def test_replicas_are_kept_while_the_search_for_others_fails_and_is_begun_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loops, "AGAIN_SECONDS", 0.001)
+    found, connected, both = [SHARDS[:1], SHARDS], list[str](), asyncio.Event()
+
+    class Discovery:
+        def __init__(self, shards: tuple[str, ...]) -> None:
+            pass
+
+        async def watch(self) -> AsyncIterator[set[Address]]:
+            yield {Address((name,)) for name in found.pop(0)}
+            await asyncio.sleep(0)  # they are connected
+            if found:
+                raise ZeroDivisionError
+            await asyncio.Event().wait()
+
+    async def connect(self: Connections, address: Address) -> None:
+        connected.append(str(address))
+        if len(connected) == 2:
+            both.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("loraplex_router.replicas.connections.Discovery", Discovery)
+    monkeypatch.setattr(Connections, "_connect", connect)
+    telemetry = Telemetry(1, RequestLog(prompts=False))
+    connections = Connections(RouterSettings(shards=SHARDS), Replicas(telemetry, 1.0), None, print, telemetry)
+    running = asyncio.create_task(connections.run())
+    async with asyncio.timeout(60):
+        await both.wait()
+    assert connected == list(SHARDS) and "ZeroDivisionError" in caplog.text
+    running.cancel()
+    await asyncio.wait([running])
 
 
 async def test_a_replica_whose_connection_fails_is_tried_again_while_the_others_run(

@@ -66,13 +66,16 @@ class Connections:
     async def run(self) -> None:
         """Until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            async for addresses in Discovery(self._settings.shards).watch():
-                self._wanted = addresses
-                for address in addresses - self._tasks.keys():
-                    self._tasks[address] = tasks.create_task(keep_running(partial(self._keep, address)))
-                for address in self._tasks.keys() - addresses:
-                    if not any(replica.name == str(address) for replica in self._replicas):
-                        self._tasks.pop(address).cancel()
+            await keep_running(partial(self._discover, tasks))
+
+    async def _discover(self, tasks: asyncio.TaskGroup) -> None:
+        async for addresses in Discovery(self._settings.shards).watch():
+            self._wanted = addresses
+            for address in addresses - self._tasks.keys():
+                self._tasks[address] = tasks.create_task(keep_running(partial(self._keep, address)))
+            for address in self._tasks.keys() - addresses:
+                if not any(replica.name == str(address) for replica in self._replicas):
+                    self._tasks.pop(address).cancel()
 
     async def _keep(self, address: Address) -> None:
         """Drives the replica at an address, reconnecting as needed, until discovery no longer lists it."""
