@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from subprocess import PIPE
 
 from loraplex.cli.logs import Always, JsonFormatter, TextFormatter
 
@@ -62,3 +63,63 @@ def test_libraries_only_log_when_something_is_wrong():
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert [json.loads(line)["message"] for line in result.stderr.splitlines()] == ["staged", "the disk is nearly full"]
+
+
+FLOOD = """if True:
+    import logging, os, sys
+    from loraplex.cli import log_writer
+    from loraplex.cli.logs import configure
+    log_writer.END_SECONDS = 0.1
+    configure("json", rank=1)
+    logger = logging.getLogger("loraplex")
+    for number in range(50_000):
+        logger.info("a line of some length, of which a pipe takes a few hundred: %d", number)
+    print("goes on", flush=True)
+    if sys.stdin.readline():
+        log_writer.END_SECONDS = 60
+        logging.shutdown()
+        logger.info("later")
+"""
+
+
+def test_whoever_logs_does_not_wait_for_stderr_and_lines_that_are_dropped_are_counted():
+    with subprocess.Popen([sys.executable, "-c", FLOOD], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        assert process.stdout.readline() == "goes on\n"
+        _, written = process.communicate("\n")
+    *lines, later = map(json.loads, written.splitlines())
+    (lost,) = (line for line in lines if line["level"] == "warning")
+    numbers = [int(line["message"].rpartition(" ")[2]) for line in lines if line is not lost]
+    assert numbers == list(range(len(numbers))) and numbers
+    assert lost["message"] == f"{50_000 - len(numbers)} log lines are lost: they could not be written in time"
+    assert (lost["rank"], later["message"]) == (1, "later")
+
+
+def test_a_process_whose_stderr_nobody_reads_ends():
+    with subprocess.Popen([sys.executable, "-c", FLOOD], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as process:
+        assert process.stdin
+        process.stdin.close()  # ends the process with an error, whose traceback
+        assert process.stdout.readline() == "goes on\n"
+        process.wait(60)
+
+
+def test_forks_log_and_every_line_is_written_once():
+    code = """if True:
+        import logging, os
+        from loraplex.cli.logs import configure
+        configure("text")
+        logger = logging.getLogger("loraplex")
+        for number in range(50):
+            logger.info("before %d", number)
+            if os.fork() == 0:
+                logger.info("fork %d", number)
+                os._exit(0)
+            os.wait()
+        logger.info("after")
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = [line.partition("INFO ")[2] for line in result.stderr.splitlines()]
+    assert sorted(said) == sorted(
+        ["after", *(f"{where} {number}" for where in ("before", "fork") for number in range(50))]
+    )
+    assert said[-1] == "after"

@@ -8,14 +8,18 @@ import logging
 import warnings
 from datetime import UTC, datetime
 
+from loraplex.cli.log_writer import LogWriter
+
+STDERR = 2  # the open file
+
 # The packages that may log below WARNING. Libraries do it often, and log whole URLs, signatures included.
 OURS = "loraplex", "loraplex_protos", "loraplex_router", "loraplex_shard"
 
 
 def configure(log_format: str, **everywhere: object) -> None:
     """Call this once, when a service starts. `log_format` is text or json; the values `everywhere` are added to each
-    record."""
-    handler = logging.StreamHandler()
+    record. Before os._exit, call logging.shutdown, which writes what is not written yet."""
+    handler = LogWriter(STDERR)
     handler.addFilter(Always(everywhere))
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level="WARNING", handlers=[handler])

@@ -3,6 +3,7 @@ so that the client's commands work, and start fast, without them."""
 
 import asyncio
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -162,6 +163,7 @@ def _errors_shown() -> Iterator[None]:
     try:
         yield
     except (LoraplexError, OSError) as error:
+        logging.shutdown()  # what led to it comes first
         console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
@@ -170,10 +172,12 @@ def _errors_shown() -> Iterator[None]:
 def _not_waiting_for_threads() -> Iterator[None]:
     """Ends the process as soon as the block exits, without waiting for threads, which may be in a download or wait for
     a disk that hangs."""
+    status = 0
     try:
         yield
     except SystemExit:
-        os._exit(0)
+        pass
     except typer.Exit as end:
-        os._exit(end.exit_code)
-    os._exit(0)
+        status = end.exit_code
+    logging.shutdown()  # writes what is not written yet, within a limit
+    os._exit(status)

@@ -45,4 +45,5 @@ def end_soon(status: int, reason: str) -> None:
 
 def _end(status: int, reason: str) -> None:
     logger.critical("%s, and this one hangs", reason)
+    logging.shutdown()
     os._exit(status)
