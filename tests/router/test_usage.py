@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -252,15 +254,18 @@ async def test_what_ended_after_its_router_said_that_it_runs_is_counted_and_told
     assert await second.totals([today()]) == {("acme", "a"): Used(2, 20, 8, 14)}
 
 
-def test_usage_events_are_lines_of_a_file_that_may_be_moved_away(tmp_path: Path):
+async def test_usage_events_are_lines_of_a_file_that_may_be_moved_away(tmp_path: Path):
     path = tmp_path / "usage.jsonl"
     log = UsageLog(path)
     log({"n": 1})
+    await log.written()
     path.rename(tmp_path / "old")
     log({"n": 2})
+    await log.written()
     path.unlink()
     log({"n": 3})
     log({"n": 4})
+    log.close()
     assert (tmp_path / "old").read_bytes() == b'{"n":1}\n'
     assert path.read_bytes() == b'{"n":3}\n{"n":4}\n'
     with pytest.raises(OSError, match=r"--usage-log: .* cannot be written to: Is a directory"):
@@ -276,13 +281,12 @@ async def test_events_that_find_the_disk_full_are_written_as_soon_as_there_is_ro
     with full_disk(20):  # room for two lines and a half
         for number in range(4):
             log({"n": number})
-        assert path.read_bytes() == b'{"n":0}\n{"n":1}\n'
+        await log.written()
+        await until(lambda: path.read_bytes() == b'{"n":0}\n{"n":1}\n')
     assert [record.message.partition(" for now")[0] for record in caplog.records] == ["usage events are kept"]
     other({"n": 4})
-    async with asyncio.timeout(60):
-        while path.read_bytes().count(b"\n") < 5:
-            await asyncio.sleep(0.01)
-    assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [0, 1, 4, 2, 3]
+    await until(lambda: path.read_bytes().count(b"\n") == 5)
+    assert sorted(json.loads(line)["n"] for line in path.read_text().splitlines()) == [0, 1, 2, 3, 4]
     log.close()
     with full_disk():
         other({"n": 5})
@@ -298,14 +302,80 @@ async def test_a_log_that_is_moved_while_the_disk_is_full_goes_on(tmp_path: Path
     log = UsageLog(path)
     path.parent.rename(tmp_path / "old")
     log({"n": 0})
+    await log.written()
     with (tmp_path / "another").open("wb"):
         log({"n": 1})
+        await log.written()
     path.parent.mkdir()
-    async with asyncio.timeout(60):
-        while not path.exists() or path.read_bytes() != b'{"n":0}\n{"n":1}\n':
-            await asyncio.sleep(0.01)
+    await until(lambda: path.exists() and path.read_bytes() == b'{"n":0}\n{"n":1}\n')
     assert (tmp_path / "another").read_bytes() == b""
     log.close()
+
+
+async def test_a_disk_that_does_not_answer_stops_nothing_and_other_routers_know_what_is_not_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    answers, steps, write = threading.Event(), list[str](), os.write
+
+    def hang(file: int, data: bytes) -> int:
+        if file == log._file:
+            answers.wait(60)
+            steps.append("written")
+        return write(file, data)
+
+    class ToldLedger(MemoryLedger):
+        async def told(self, entries: Sequence[Entry]) -> None:
+            steps.append("told")
+
+    monkeypatch.setattr(os, "write", hang)
+    monkeypatch.setattr(usage_log, "WRITE_SECONDS", 60)
+    setup, log = Setup(), UsageLog(tmp_path / "usage.jsonl")
+    usage, engine = setup.telemetry.usage, asyncio.create_task(setup.engine.run())
+    usage.ledger, usage.written = ToldLedger(), log.written
+    usage.sinks.append(log)
+    await setup.answer(1, tokens=2)
+    settling = asyncio.create_task(usage.settle())
+    await asyncio.sleep(0.05)
+    assert not steps
+    answers.set()
+    await settling
+    assert steps == ["written", "told"]
+    answers.clear()
+    monkeypatch.setattr(usage_log, "WRITE_SECONDS", 0.01)
+    for _ in range(2):
+        await setup.answer(1, tokens=2)
+        await usage.settle()
+    assert steps == ["written", "told", "told", "told"] and "the disk does not answer" in caplog.text
+    answers.set()
+    await until(lambda: (tmp_path / "usage.jsonl").read_bytes().count(b"\n") == 3)
+    log.close()
+    engine.cancel()
+
+
+async def test_a_ledger_that_fails_is_asked_again_at_the_next_sign_of_life_whatever_ends(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    setup, asked = Setup(), 0
+
+    class CountingLedger(FailingLedger):
+        async def settle(self, entries: Sequence[Entry]) -> list[Counted]:
+            nonlocal asked
+            asked += 1
+            return await super().settle(entries)
+
+    usage, engine = setup.telemetry.usage, asyncio.create_task(setup.engine.run())
+    usage.ledger = ledger = CountingLedger()
+    monkeypatch.setattr("loraplex_router.usage.usage.LIVE_SECONDS", 600)
+    running = asyncio.create_task(usage.run())
+    for _ in range(10):
+        await setup.answer(1, tokens=2)
+        await asyncio.sleep(0.01)
+    assert asked == 1
+    ledger.fails = False
+    running.cancel()
+    await asyncio.wait([running])
+    assert asked == 2 and not usage._unsettled
+    engine.cancel()
 
 
 async def test_usage_of_some_days_can_be_asked_for():

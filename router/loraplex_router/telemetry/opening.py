@@ -24,6 +24,7 @@ def open_telemetry(settings: EdgeSettings) -> Iterator[Telemetry]:
     if settings.usage_log:
         log = UsageLog(settings.usage_log)
         telemetry.usage.sinks.append(log)
+        telemetry.usage.written = log.written
         telemetry.closing += (log.close,)
     try:
         yield telemetry

@@ -30,12 +30,13 @@ class _Ended(NamedTuple):
 
 
 class Usage:
-    """`ledger`, `sinks`, which get each event, and `write_streams`, which brings the journal up to date, are set once,
-    before anything ends."""
+    """`ledger`, `sinks`, which get each event, `written`, which returns when the sinks have kept what they got, and
+    `write_streams`, which brings the journal up to date, are set once, before anything ends."""
 
     def __init__(self) -> None:
         self.ledger: Ledger = MemoryLedger()
         self.sinks: list[Sink] = []
+        self.written: Callable[[], Awaitable[object]] | None = None
         self.write_streams: Callable[[], Awaitable[object]] | None = None
         self._numbers = count()
         self._running: set[Generation] = set()
@@ -82,15 +83,18 @@ class Usage:
             while True:
                 self._news.clear()
                 due = loop.time() >= next_sign
-                with suppress(UnavailableError):
+                try:
                     await self.settle()
                     if due:
                         await self._find_lost()
+                    news = self._news
+                except UnavailableError:
+                    news = asyncio.Event()  # it is left alone until the next sign of life, whatever ends
                 if due:
                     next_sign = loop.time() + LIVE_SECONDS
                 with suppress(TimeoutError):
                     async with asyncio.timeout_at(next_sign):
-                        await self._news.wait()
+                        await news.wait()
         finally:
             with suppress(UnavailableError):
                 await self.settle()
@@ -112,6 +116,8 @@ class Usage:
                     if not each.entry.router or counted.used != Used():
                         self._tell(each.event, counted)
                     self._told.append(each.entry)
+            if self.written and self._told:  # before that, another router has to tell of them if this one is killed
+                await self.written()
             while told := self._told[:1000]:
                 await self.ledger.told(told)
                 del self._told[: len(told)]
