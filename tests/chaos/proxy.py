@@ -19,6 +19,12 @@ class Proxy:
         self.port: int = self._server.sockets[0].getsockname()[1]
         return self
 
+    def lose(self) -> None:
+        """Nothing comes through the connections of now any more; later ones are forwarded."""
+        self.joined.clear()
+        self.joined = asyncio.Event()
+        self.joined.set()
+
     async def close(self) -> None:
         self._server.close()
         for call in self._calls:
@@ -31,14 +37,16 @@ class Proxy:
         call.add_done_callback(self._calls.discard)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        joined = self.joined
         with contextlib.closing(writer), contextlib.suppress(OSError):
-            await self.joined.wait()
+            await joined.wait()
             there, back = await asyncio.open_connection("127.0.0.1", self._target)
-            await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+            await asyncio.gather(_pump(reader, back, joined), _pump(there, writer, joined))
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer), contextlib.suppress(OSError):
-            while data := await reader.read(2**16):
-                await self.joined.wait()
-                writer.write(data)
-                await writer.drain()
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, joined: asyncio.Event) -> None:
+    with contextlib.closing(writer), contextlib.suppress(OSError):
+        while data := await reader.read(2**16):
+            await joined.wait()
+            writer.write(data)
+            await writer.drain()

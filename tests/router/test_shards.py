@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trustme
+from grpc_health.v1 import health
 from pydantic import ValidationError
 
 from bench.stand_in_shard import INFO, Context, StandInServer, StandInShard, Timing
@@ -23,8 +24,10 @@ from loraplex_router.replicas.connections import adapter_bytes
 from loraplex_router.settings import RouterSettings
 from loraplex_router.telemetry.opening import open_telemetry
 from loraplex_router.vocabulary.references import AdapterReference
+from loraplex_router.wire import calls, shard_group
 from loraplex_router.wire.discovery import Address
 from loraplex_router.wire.shard_group import ShardGroup
+from tests.chaos.proxy import Proxy
 
 
 @dataclass
@@ -180,6 +183,66 @@ async def test_calls_that_are_made_after_the_connection_was_closed_find_the_repl
         await replica.close()
         for outcome in await asyncio.gather(*asking, replica.fetches(), return_exceptions=True):
             assert isinstance(outcome, UnavailableError)
+
+
+class SilentShard(StandInShard):
+    """Does not answer one of its calls."""
+
+    def __init__(self, silent: str) -> None:
+        super().__init__(Timing())
+        setattr(self, silent, self.wait)
+
+    @staticmethod
+    async def wait(*_: object) -> pb.GetInfoResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+@pytest.mark.parametrize("call", ["Check", "Reset", "GetTokenizer"])
+async def test_a_rank_that_does_not_answer_while_the_router_connects_is_left(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = SilentShard(call)
+    if call == "Check":
+        monkeypatch.setattr(health.aio.HealthServicer, call, SilentShard.wait)
+    for module, limit in (calls, "ANSWER_SECONDS"), (shard_group, "LONG_ANSWER_SECONDS"):
+        monkeypatch.setattr(module, limit, 0.5)
+    async with StandInServer(shard, f"unix:{tmp_path}/0"):
+        with pytest.raises(UnavailableError, match=r"it has not answered for 0\.5 s"):
+            replica = await connect(Address((f"unix:{tmp_path}/0",)), MtlsSettings())
+            try:
+                await replica.tokenizer()
+            finally:
+                await replica.close()
+
+
+class LostShard(StandInShard):
+    """Its host is gone when it is asked for the first time, and then there again."""
+
+    proxy: Proxy
+    was_lost = False
+
+    async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:
+        if not self.was_lost:
+            self.was_lost = True
+            self.proxy.lose()
+        return await super().GetInfo(request, context)
+
+
+async def test_a_router_that_connects_notices_a_connection_from_which_nothing_comes_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    soon = {"grpc.keepalive_time_ms": 100, "grpc.http2.ping_timeout_ms": 200}
+    options = tuple((name, soon.get(name, value)) for name, value in shard_group.CHANNEL_OPTIONS)
+    monkeypatch.setattr(shard_group, "CHANNEL_OPTIONS", options)
+    monkeypatch.setattr(shard_group, "ANSWER_SECONDS", 0.5)
+    shard = LostShard(Timing())
+    async with StandInServer(shard, "localhost:0") as server:
+        proxy = shard.proxy = await Proxy(server.port).start()
+        replica = await connect(Address((f"127.0.0.1:{proxy.port}",)), MtlsSettings())
+        assert replica.info.model_id == "stand-in"
+        await replica.close()
+        await proxy.close()
 
 
 async def test_ranks_that_do_not_form_a_replica_are_refused(tmp_path: Path):

@@ -1,7 +1,7 @@
 """Calls to ranks: typed errors, health checks, and consistency checks of their answers."""
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -9,10 +9,12 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from loraplex_protos import shard_pb2 as pb
-from loraplex_protos.errors import UnavailableError, from_rpc_error
+from loraplex_protos.errors import DeadlineError, UnavailableError, from_rpc_error
 from loraplex_protos.protocol import PROTOCOL_VERSION
 
 CONNECTION_CLOSED = "the connection was closed"
+ANSWER_SECONDS = 5.0  # for what needs no computation
+LONG_ANSWER_SECONDS = 60.0  # for what gives gigabytes of memory back, or has megabytes
 
 T = TypeVar("T")
 
@@ -43,9 +45,9 @@ def agree(infos: Sequence[pb.GetInfoResponse]) -> pb.GetInfoResponse:
 
 
 async def check_health(channel: grpc.aio.Channel) -> None:
-    """Raises UnavailableError if the rank is stopping."""
+    """Raises UnavailableError if the rank is stopping, or does not answer."""
     stub: Any = HealthStub(channel)
-    answer = await typed(stub.Check(HealthCheckRequest()))
+    answer = await within(ANSWER_SECONDS, stub.Check, HealthCheckRequest())
     if answer.status != HealthCheckResponse.SERVING:
         raise UnavailableError("it is stopping")
 
@@ -63,6 +65,14 @@ async def watch_health(channel: grpc.aio.Channel) -> None:
     finally:
         watch.cancel()
     raise UnavailableError("a rank ended its health stream")
+
+
+async def within(seconds: float, call: Callable[..., Awaitable[T]], request: object) -> T:
+    """The answer to a call. Raises UnavailableError if it does not come in time."""
+    try:
+        return await typed(call(request, timeout=seconds))
+    except DeadlineError as error:
+        raise UnavailableError(f"it has not answered for {seconds:g} s") from error
 
 
 async def typed(call: Awaitable[T]) -> T:

@@ -16,7 +16,6 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from loraplex_protos import shard_pb2 as pb
 from loraplex_protos.errors import (
     AdapterSourceError,
-    DeadlineError,
     InvalidRequestError,
     LoraplexError,
     UnavailableError,
@@ -27,7 +26,17 @@ from loraplex_router.vocabulary.adapter import Adapter, Fetch, LocalAdapter, Sta
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
 from loraplex_router.wire.adapter_codec import merge_parts, read_invocation, read_staged, upload_parts
-from loraplex_router.wire.calls import CONNECTION_CLOSED, agree, all_of, check_health, typed, watch_health
+from loraplex_router.wire.calls import (
+    ANSWER_SECONDS,
+    CONNECTION_CLOSED,
+    LONG_ANSWER_SECONDS,
+    agree,
+    all_of,
+    check_health,
+    typed,
+    watch_health,
+    within,
+)
 from loraplex_router.wire.codec import encode_grammar
 from loraplex_router.wire.discovery import Address
 from loraplex_router.wire.pulse import TICK_SECONDS, Pulse, SilentError
@@ -44,11 +53,15 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),  # to find a shard soon after it has loaded its model
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.enable_http_proxy", 0),  # one in the environment is for adapter sources, and does not lead to ranks
+    # While the router connects, nobody watches yet: pings notice that a rank's host is gone, and end its connection.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),  # no limit
+    ("grpc.use_local_subchannel_pool", 1),  # who connects anew takes no connection over that may hang
 )
 
 RETRY_SECONDS = 0.1
 AT_A_TIME = 100  # local adapters decoded without a pause
-ANSWER_SECONDS = 5.0  # for GetInfo, which needs no computation
 PING_SECONDS = 0.5  # between an answer and the next ping
 # A rank's port opens once its model is loaded: a closed port is not logged for this long.
 LOADING_SECONDS = 60.0
@@ -94,7 +107,7 @@ class ShardGroup:
         self.info = agree(infos)
         pulse = self._pulse = Pulse(len(infos), self.info.compiles, self.info.longest_step_us / 1e6)
         self._reached.set()
-        await self._on_all(lambda rank: rank.Reset(pb.ResetRequest()))
+        await self._on_all(lambda rank: within(LONG_ANSWER_SECONDS, rank.Reset, pb.ResetRequest()))
         pulse.begin()
         self._streams = [rank.Step() for rank in self._ranks]
         self._answered = [0.0] * len(self._stubs)
@@ -122,8 +135,8 @@ class ShardGroup:
         began, told = time.monotonic(), ""
         while True:
             try:
-                return await typed(self._ranks[rank].GetInfo(pb.GetInfoRequest(), timeout=ANSWER_SECONDS))
-            except (UnavailableError, DeadlineError) as error:
+                return await within(ANSWER_SECONDS, self._ranks[rank].GetInfo, pb.GetInfoRequest())
+            except UnavailableError as error:
                 loading = any(closed in error.message for closed in CLOSED)
                 if error.message != told and not (loading and time.monotonic() - began < LOADING_SECONDS):
                     told = error.message
@@ -182,7 +195,7 @@ class ShardGroup:
                 watch.cancel()
 
     async def tokenizer(self) -> pb.GetTokenizerResponse:
-        return await typed(self._ranks[0].GetTokenizer(pb.GetTokenizerRequest()))
+        return await within(LONG_ANSWER_SECONDS, self._ranks[0].GetTokenizer, pb.GetTokenizerRequest())
 
     async def send(self, plan: pb.StepRequest) -> None:
         assert self._pulse is not None
