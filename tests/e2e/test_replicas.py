@@ -11,7 +11,8 @@ from loraplex import AsyncClient, Client, FinishReason, UnavailableError
 from tests.e2e.processes import Router, Shard
 from tests.e2e.tiny import Oracle, byte_tokenizer
 
-FLAGS = "--kv-blocks=512", "--threads=1"
+FLAGS = "--kv-blocks=512", "--threads=1", "--drain-seconds=600"
+LONG = 3000  # tokens, which take longer than a rank takes that has to end
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +62,13 @@ async def each_adapter_is_on_one_replica(router: Router, client: AsyncClient) ->
 
 
 async def one_replica_stops(router: Router, client: AsyncClient, stopping: Shard, oracle: Oracle) -> None:
-    """SIGTERM: running requests finish there, new ones go to the other replica, and the shard exits with 0."""
+    """SIGTERM to all its processes: running requests finish there, however long they take, new ones go to the other
+    replica, and the shard exits with 0."""
+    long = [client.stream(f"long {i}", max_new_tokens=LONG, ignore_eos=True) for i in range(2)]
+    tokens_of_long = [len((await anext(stream)).tokens) for stream in long]  # one in each replica
     streams = [client.stream(f"{i}", max_new_tokens=100, ignore_eos=True) for i in range(4)]
     pieces = [[await anext(stream)] for stream in streams]
-    stopping.process.send_signal(signal.SIGTERM)
+    stopping.terminate_with_all_it_started()
     await asyncio.to_thread(router.wait_until, "loraplex_replicas", 1)
     assert (await client.generate("meanwhile", adapter="r4", max_new_tokens=4)).text
     for number, (stream, seen) in enumerate(zip(streams, pieces, strict=True)):
@@ -72,7 +76,10 @@ async def one_replica_stops(router: Router, client: AsyncClient, stopping: Shard
         assert seen[-1].finish_reason is FinishReason.LENGTH
         tokens = [token.id for piece in seen for token in piece.tokens]
         assert tokens == oracle.generate(byte_tokenizer().encode(f"{number}"), None, 100)[0]
+    for read, stream in zip(tokens_of_long, long, strict=True):
+        assert read + sum([len(piece.tokens) async for piece in stream]) == LONG
     assert await asyncio.to_thread(stopping.process.wait, 30) == 0
+    assert "ended" not in stopping.log
 
 
 async def one_replica_hangs(router: Router, client: AsyncClient, stopped: Shard, oracle: Oracle) -> None:

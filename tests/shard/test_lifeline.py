@@ -39,6 +39,17 @@ def test_the_end_of_the_other_side_is_noticed_unless_it_was_released() -> None:
         line.close()
 
 
+def test_the_others_notice_at_once_that_a_rank_has_left_although_a_thread_of_it_still_reads() -> None:
+    own, other = socket.socketpair()
+    line, lost = LifeLine([own]), threading.Event()
+    line.watch(lost.set)
+    other.settimeout(TIMEOUT)
+    line.close()
+    assert other.recv(1) == b""
+    assert not lost.is_set()
+    other.close()
+
+
 def test_a_rank_that_serves_says_so_and_is_lost_once_it_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifeline, "BEAT_SECONDS", 0.01)
     own, other = socket.socketpair()

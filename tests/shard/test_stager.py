@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import TypeVar, TypeVarTuple
 
 import psutil
@@ -18,12 +19,15 @@ import torch
 
 from loraplex_protos.errors import (
     AdapterInvalidError,
+    AdapterSourceError,
     FieldViolation,
     InvalidRequestError,
     OverloadedError,
     UnavailableError,
 )
 from loraplex_shard.device.priority import NICE, gently
+from loraplex_shard.lora import stager as stagers
+from loraplex_shard.lora.peft import patterns
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.stager import Stager
 from loraplex_shard.lora.store import AdapterStore
@@ -64,8 +68,21 @@ class Shared:
         print(os.getpid(), flush=True)
         time.sleep(600)
 
+    def work_a_little_for(self, seconds: float) -> str:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.01)
+        return "done"
+
     def be_killed(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def be_asked_to_end(self) -> str:
+        """With the stager, as by a supervisor that asks all processes."""
+        for number in signal.SIGTERM, signal.SIGINT:
+            for process in os.getppid(), os.getpid():
+                os.kill(process, number)
+        return "still here"
 
 
 def call(stager: Stager, work: Callable[[*Ts], T], *args: *Ts) -> T:
@@ -116,6 +133,36 @@ def test_a_call_whose_process_is_killed_fails_alone(stager: Stager) -> None:
     with pytest.raises(OverloadedError, match="has been killed"):
         call(stager, shared.be_killed)
     assert call(stager, shared.process)[0] != os.getpid()
+
+
+def test_a_call_that_hangs_is_ended_and_gives_up_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stagers, "HANG_SECONDS", 2.0)
+    monkeypatch.setattr(stagers, "LOOK_SECONDS", 0.25)
+    with closing(Stager({"shared": Shared()})) as stager:
+        stager._places = BoundedSemaphore(1)
+        shared = Shared.of(stager)
+        with stager.process() as hanging:
+            process = psutil.Process(hanging.call(shared.process)[1])
+            with pytest.raises(AdapterSourceError, match=r"has not answered for 2 s"):
+                hanging.compute(shared.linger)
+            process.wait(60)
+        with stager.process() as working:
+            assert working.compute(shared.work_a_little_for, 2.5) == "done"
+
+
+def test_a_signal_to_all_processes_leaves_the_stager_and_what_it_reads_to_their_rank() -> None:
+    lost = threading.Event()
+    with closing(Stager({"shared": Shared()}, lost.set)) as stager:
+        shared = Shared.of(stager)
+        assert call(stager, shared.be_asked_to_end) == "still here"
+        assert call(stager, shared.be_asked_to_end) == "still here"
+        assert not lost.is_set()
+
+
+def test_a_program_that_is_killed_while_an_adapter_is_read_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "_MATCHER", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with closing(Stager({})) as stager, pytest.raises(AdapterInvalidError, match="cannot be matched"):
+        call(stager, patterns.matching_names, "target_modules", ["q.*"], ["q_proj"])
 
 
 def test_the_rank_learns_at_once_that_its_stager_has_ended() -> None:

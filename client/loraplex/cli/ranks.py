@@ -17,7 +17,10 @@ from loraplex.cli.variables import is_setting
 from loraplex_protos.errors import UnavailableError
 from loraplex_shard.settings import ShardSettings
 
-STOP_SECONDS = 10  # how long a shard has to stop after SIGTERM
+STOP_SECONDS = 10  # how long a shard has to stop when it is told to
+# Tells a rank that has a supervisor to stop. SIGTERM may come to all processes at once, from systemd for example, and
+# only the supervisor knows when the ranks are needed no more.
+STOP = signal.SIGUSR1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened before any fork: a child may inherit held locks
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
@@ -111,7 +114,7 @@ def shard_flags(settings: ShardSettings) -> list[str]:
 
 async def _start_shard(flags: list[str]) -> asyncio.subprocess.Process:
     # -P: a file of the current directory must not take the place of the module that has its name.
-    command = [sys.executable, "-P", "-m", "loraplex.cli.main", "shard", *flags]
+    command = [sys.executable, "-P", "-m", "loraplex.cli.main", "shard", "--supervised", *flags]
     # The flags are complete; the variables are the settings of this process.
     environment = {name: value for name, value in os.environ.items() if not is_setting(name)}
     # In a session of its own, so that Ctrl-C only reaches the router, which drains before it stops the shards.
@@ -123,14 +126,14 @@ async def _start_shard(flags: list[str]) -> asyncio.subprocess.Process:
 def _end_with_parent(parent: int) -> None:
     """Lets the kernel stop a shard whose supervisor was killed (Linux only)."""
     if LIBC is not None:
-        LIBC.prctl(SET_DEATH_SIGNAL, signal.SIGTERM)
+        LIBC.prctl(SET_DEATH_SIGNAL, STOP)
         if os.getppid() != parent:  # the supervisor was killed before prctl
             os._exit(0)
 
 
 async def _stop_shard(shard: asyncio.subprocess.Process, seconds: float) -> None:
     if shard.returncode is None:
-        shard.terminate()
+        shard.send_signal(STOP)
         try:
             await asyncio.wait_for(shard.wait(), seconds)
         except TimeoutError:

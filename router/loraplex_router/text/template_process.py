@@ -29,6 +29,8 @@ class OutOfTime(BaseException):
 
 def main() -> None:
     """Reports that it is ready, and answers."""
+    for number in signal.SIGINT, signal.SIGTERM:  # may be sent to all processes; a router that drains still renders
+        signal.signal(number, signal.SIG_IGN)
     render_seconds = float(sys.argv[1])
     os.nice(int(sys.argv[2]))
     signal.signal(signal.SIGPROF, _stop)

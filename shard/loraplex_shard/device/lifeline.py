@@ -72,6 +72,8 @@ class LifeLine:
         self._let_go = True
         self._closed.set()
         for connection in self._connections:
+            with suppress(OSError):  # the other end has left
+                connection.shutdown(socket.SHUT_RDWR)  # a thread that reads it would keep it open
             connection.close()
 
     def _wait(self, connection: socket.socket, lost: Callable[[], None]) -> None:

@@ -4,6 +4,7 @@ interpreter's lock nor, to speak of, a core to adapters that others have asked f
 It is a fork of the rank, taken once the model is loaded and before the rank serves. It knows the model without reading
 it again, and shares its weights' memory. For each adapter it forks a process of low priority that ends once the adapter
 is read: all memory goes back, and what goes wrong there, running out of memory included, is the end of that one alone.
+This is the rank's side; stager_process.py is theirs.
 """
 
 import ctypes
@@ -11,30 +12,23 @@ import os
 import select
 import signal
 import socket
-import stat
-import sys
-import traceback
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from threading import BoundedSemaphore, Lock, Thread
+from math import nan
+from threading import BoundedSemaphore, Thread
 from types import FunctionType, MethodType
-from typing import Any, NoReturn, Protocol, TypeVar, TypeVarTuple
+from typing import Any, Protocol, TypeVar, TypeVarTuple
 
-import torch
-
-from loraplex_protos.errors import LoraplexError, OverloadedError, UnavailableError
-from loraplex_shard.device.priority import NICE
+from loraplex_protos.errors import AdapterSourceError, OverloadedError, UnavailableError
 from loraplex_shard.lora.once import LeftError
 from loraplex_shard.lora.passing import receive, send
+from loraplex_shard.lora.stager_process import LIBC, NOT_FOR_IT, ONE_PROCESS, Question, end_after, serve
 
-FIRST_TO_GO = b"1000"  # the process that the kernel ends when memory runs out
-ONE_PROCESS = b"."
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened before any fork: a child may inherit held locks
-SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+# How long a process may use no processor time, several times longer than any source is waited for, and how often that
+# is looked at.
+HANG_SECONDS, LOOK_SECONDS = 30.0, 1.0
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -82,17 +76,19 @@ class Stager:
         with warnings.catch_warnings():
             # Python 3.12 warns of forks where there are threads. None of them holds what the stager needs.
             warnings.simplefilter("ignore", DeprecationWarning)
+            former = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_IT)  # until it ignores them
             child = os.fork()
         if child == 0:
-            _end_after(lambda: _serve(theirs, self._shared))
+            end_after(lambda: serve(theirs, self._shared))
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
         theirs.close()
         Thread(target=self._watch, args=(child,), name="stager", daemon=True).start()
 
     @contextmanager
     def process(self) -> Iterator[Caller]:
         """A context in which there is a process for calls. They raise the LoraplexErrors that the functions raise,
-        OverloadedError if the process is killed, UnavailableError if the stager has ended, and RuntimeError for all
-        other errors."""
+        OverloadedError if the process is killed, AdapterSourceError if it hangs, UnavailableError if the stager has
+        ended, and RuntimeError for all other errors."""
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
@@ -125,14 +121,16 @@ class _Process(Caller):
         self._shared = shared
         self._places = places
         self._ended = False
+        self._id = 0  # not known yet
 
     def call(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         given: tuple[object, ...] = args
         functions = {f"{n}": each for n, each in enumerate(given) if isinstance(each, FunctionType | MethodType)}
         shared = {**self._shared, **functions}
         try:
+            self._id = self._id or receive(self._connection, {})
             send(self._connection, (work, args), shared)
-            while isinstance(answer := receive(self._connection, shared), _Question):
+            while isinstance(answer := self._receive(shared), Question):
                 send(self._connection, functions[answer.function](*answer.args), shared)
         except (EOFError, ConnectionError):
             if self._ended:
@@ -155,109 +153,27 @@ class _Process(Caller):
         with suppress(OSError):  # the process has ended
             self._connection.shutdown(socket.SHUT_RDWR)
 
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """A call of one of the rank's functions."""
-
-    function: str
-    args: tuple[Any, ...]
-
-
-class _Known(dict[str, object]):
-    """What the rank and a process both have, by name, as the process sees it: other names are of the rank's functions,
-    which are called over the connection."""
-
-    def __init__(self, shared: Mapping[str, object], connection: socket.socket) -> None:
-        super().__init__(shared)
-        self._connection = connection
-        self._lock = Lock()
-
-    def __missing__(self, name: str) -> Callable[..., Any]:
-        return partial(self._ask, name)
-
-    def _ask(self, function: str, *args: Any) -> Any:
-        with self._lock:
-            send(self._connection, _Question(function, args), self)
-            return receive(self._connection, self)
+    def _receive(self, shared: Mapping[str, object]) -> Any:
+        """What the process sends next. One that uses no processor time hangs, in a file system that does not answer for
+        example: it is killed, if that can be done."""
+        arrives, used, idle = select.poll(), nan, 0.0
+        arrives.register(self._connection, select.POLLIN)
+        while not arrives.poll(LOOK_SECONDS * 1e3):
+            before, used = used, _processor_seconds(self._id)
+            idle = idle + LOOK_SECONDS if used == before else 0.0
+            if idle >= HANG_SECONDS:
+                with suppress(ProcessLookupError):
+                    os.kill(self._id, signal.SIGKILL)
+                raise AdapterSourceError(f"the adapter's source has not answered for {HANG_SECONDS:g} s: try again")
+        return receive(self._connection, shared)
 
 
-def _serve(control: socket.socket, shared: Mapping[str, object]) -> None:
-    """Forks a process for each connection that arrives, until the rank has ended."""
-    _close_connections(but=control.fileno())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to a terminal's whole group; the rank decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for its processes
-    os.nice(NICE)  # forks take time, too
-    torch.set_num_threads(1)  # those of the rank's pools do not exist here
-    os.environ["TOKIO_WORKER_THREADS"] = "1"  # obstore would start one for each core, in each process
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(control, len(ONE_PROCESS), 1)
-        if not message:
-            return
-        stager = os.getpid()
-        with socket.socket(fileno=descriptors[0]) as connection, suppress(OSError):  # no process: the rank is told
-            if os.fork() == 0:
-                _end_with(stager)
-                control.close()
-                _end_after(lambda: _answer(connection, shared))
-
-
-def _answer(connection: socket.socket, shared: Mapping[str, object]) -> None:
-    """Makes the calls that arrive, until the rank needs no more."""
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_bytes(FIRST_TO_GO)
-    Thread(target=_end_when_closed, args=(connection,), daemon=True).start()
-    known = _Known(shared, connection)
-    while True:
-        work, args = receive(connection, known)
-        answer: tuple[object, Exception | None]
-        try:
-            answer = work(*args), None
-        except LoraplexError as error:
-            answer = None, error
-        except Exception:
-            answer = None, RuntimeError(traceback.format_exc())
-        send(connection, answer, known)
-        del work, args, answer  # may hold an adapter
-
-
-def _end_when_closed(connection: socket.socket) -> None:
-    """Ends the process as soon as the rank needs no more of it, whatever it is doing."""
-    closed = select.poll()
-    closed.register(connection, select.POLLHUP)
-    closed.poll()
-    os._exit(0)
-
-
-def _end_after(work: Callable[[], None]) -> NoReturn:
-    """Ends a forked process after its work, without what the rank would do at its end."""
+def _processor_seconds(process: int) -> float:
+    """How much time of processors it has used; nan, which equals nothing, if that is not known."""
+    clock = ctypes.c_int()
+    if LIBC is None or LIBC.clock_getcpuclockid(process, ctypes.byref(clock)):
+        return nan
     try:
-        work()
-    except (EOFError, ConnectionError):
-        pass  # the rank needs it no more, or has ended
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(0)
-
-
-def _end_with(parent: int) -> None:
-    """The kernel ends this process when its parent has ended, which ends with the rank (Linux only): of a GPU's memory,
-    what the rank had would not be free before all its forks have ended."""
-    if LIBC is not None:
-        LIBC.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() != parent:  # it has ended before that
-            os._exit(0)
-
-
-def _close_connections(but: int) -> None:
-    """Closes the rank's sockets, whose other ends would not notice otherwise that it has ended, and its GPU, which
-    nothing here uses. Their numbers stay taken, since objects of the rank that are collected here close them."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            file = f"/proc/self/fd/{name}"
-            is_gpu = os.readlink(file).startswith("/dev/nvidia")
-            if int(name) != but and (is_gpu or stat.S_ISSOCK(os.stat(file).st_mode)):
-                os.dup2(nothing, int(name))
+        return time.clock_gettime(clock.value)
+    except OSError:  # it has ended
+        return nan

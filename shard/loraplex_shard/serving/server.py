@@ -4,7 +4,7 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import FrameType
@@ -86,10 +86,14 @@ class Health(health.HealthServicer):
     Check.experimental_thread_pool = ThreadPoolExecutor(1, thread_name_prefix="health")  # type: ignore[attr-defined]
 
 
-def run(settings: ShardSettings, progress: Progress | None = None) -> None:
-    """Loads and serves one rank until SIGTERM or SIGINT, which raise SystemExit(0): at once while it loads, else as
-    soon as no router has a Step stream open, for which it waits at most settings.drain_seconds, or for a second signal.
-    Call it from the main thread.
+def run(
+    settings: ShardSettings,
+    progress: Progress | None = None,
+    stops: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+) -> None:
+    """Loads and serves one rank until one of the signals `stops`, which raises SystemExit(0): at once while it loads,
+    else as soon as no router has a Step stream open, for which it waits at most settings.drain_seconds, or for another
+    SIGINT. Call it from the main thread.
 
     `progress` is called while loading: see load_model. Raises SettingsError, CheckpointError or GroupSizeError
     before the port opens. Raises GroupLostError once another rank has ended, a step has failed on one of several ranks
@@ -105,10 +109,12 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
     kernels = load_kernels(device, settings.kernels)
     group = Group.connect(settings.rank, settings.tp, settings.rendezvous, device, kernels)
 
-    stopped = False
+    stopped = serving = False
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopped
+        if stopped and serving and number != signal.SIGINT:  # GNU timeout sends SIGTERM twice
+            return
         stopped = True
         group.let_go()
         sys.exit(0)
@@ -119,13 +125,14 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
         checkpoint = open_checkpoint(settings.model, settings.revision, None)
         check_architecture(checkpoint)
         # Only now, since a handler would not interrupt the wait for the other ranks.
-        for number in signal.SIGTERM, signal.SIGINT:
+        for number in stops:
             signal.signal(number, stop)
         with open_telemetry(settings) as telemetry:
             service = _load(settings, checkpoint, group, device, kernels, progress, troubles, telemetry)
             gc.freeze()  # leaves objects from loading out of later collections, which would delay steps
             server, states = start(service, settings.listen, server_credentials(settings), device)
             group.beat()
+            serving = True
             logger.info("rank %d of %d is serving at %s", settings.rank, settings.tp, settings.listen)
             try:
                 while (trouble := troubles.wait(POLL_SECONDS)) is None:
@@ -134,12 +141,17 @@ def run(settings: ShardSettings, progress: Progress | None = None) -> None:
                     if service.hangs:
                         troubles.report("a step hangs that no router waits for any more")
             except SystemExit:  # the router is told, finishes its sequences here, and leaves
-                states.enter_graceful_shutdown()
-                service.wait_until_left(settings.drain_seconds)
-                end_soon(0, "a step hangs")
+                try:
+                    states.enter_graceful_shutdown()
+                    service.wait_until_left(settings.drain_seconds)
+                finally:
+                    end_soon(0, "a step hangs")
                 raise
             finally:
                 server.stop(GRACE).wait()
+    except SystemExit:
+        end_soon(0, "leaving the group hangs")
+        raise
     finally:
         group.close()
     raise GroupLostError(f"rank {settings.rank}: {trouble}; restart all ranks of the group")

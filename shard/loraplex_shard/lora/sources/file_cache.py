@@ -3,12 +3,14 @@
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import IO
 
+LOOK_SECONDS = 0.05  # between two looks whether another process has brought a file
 _PART = ".part"  # the end of the name of a file that has not arrived as a whole
 
 
@@ -26,7 +28,7 @@ class FileCache:
             self._folder.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(_PART)
             with part.open("a+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                _lock(file)
                 if _use(path):  # another process has brought it meanwhile, as this file or another one
                     with suppress(FileNotFoundError):
                         if part.stat().st_ino != path.stat().st_ino:
@@ -49,6 +51,16 @@ class FileCache:
             with suppress(FileNotFoundError):
                 os.unlink(entry.path)
             taken -= status.st_size
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Waits while another process brings the file, but not in the kernel: `stager.py` takes a process that does nothing
+    for one that hangs."""
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(LOOK_SECONDS)
 
 
 def _use(path: Path) -> bool:
