@@ -11,6 +11,7 @@ from threading import Event, Thread
 import pytest
 from typer.testing import CliRunner, Result
 
+from loraplex.cli.http import SILENCE_SECONDS
 from loraplex.cli.main import app
 from tests.full_disk import full_disk
 
@@ -33,7 +34,7 @@ class Gone(UnknownKey):
 class Answering(UnknownKey):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(200)
+        self.send_response(200 if self.path == LINE["url"] else 404)
         self.send_header("Content-Length", "2")
         self.end_headers()
         self.wfile.write(b"{}")
@@ -93,6 +94,31 @@ def test_a_line_that_nobody_could_answer_is_sent_again_by_the_next_call(
     result = batch(requests, answers, url)
     assert result.exit_code == 1 and message in result.output
     assert answers.read_bytes() == b""
+
+
+@pytest.mark.parametrize("url", [Answering], indirect=True)
+def test_the_address_may_be_the_one_of_openais_clients_and_needs_no_proxy_on_this_machine(
+    requests: Path, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    result = batch(requests, tmp_path / "answers.jsonl", f"{url}/v1")
+    assert result.exit_code == 0 and "with an error: 0" in result.output
+
+
+@pytest.mark.parametrize("url", [Answering], indirect=True)
+def test_the_system_gives_up_a_server_whose_host_is_gone(
+    requests: Path, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = list[int]()
+    monkeypatch.setattr("loraplex.cli.http.keep_alive", lambda connection, seconds: kept.append(seconds))
+    batch(requests, tmp_path / "answers.jsonl", url)
+    assert kept == [SILENCE_SECONDS]
+
+
+@pytest.mark.parametrize("url", ["", "localhost:3000"])
+def test_what_is_not_a_url_is_refused(requests: Path, tmp_path: Path, url: str) -> None:
+    result = CliRunner().invoke(app, ["batch", str(requests), str(tmp_path / "answers.jsonl"), "--url", url])
+    assert result.exit_code == 2 and "http://HOST:PORT" in result.output
 
 
 @pytest.mark.parametrize("url", [Answering], indirect=True)

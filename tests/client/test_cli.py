@@ -271,6 +271,19 @@ def test_listings_have_no_colours(address: str, terminal: dict[str, str]) -> Non
     assert b"\x1b" not in command("adapters", "list", "--server", address, **terminal).stdout
 
 
+def test_an_error_of_the_connection_is_one_line(address: str) -> None:
+    whole = [
+        sys.executable,
+        "-c",
+        "from loraplex_command import main; main()",
+        "info",
+        "--server",
+        f"https://{address}",
+    ]
+    shown = subprocess.run(whole, capture_output=True, text=True, timeout=60, check=False).stderr
+    assert len(shown.splitlines()) == 1 and "does not speak TLS: leave out https://" in shown
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_characters_that_the_terminal_lacks_are_not_an_error(
     address: str, servicer: ScriptedServicer, encoding: str

@@ -5,17 +5,17 @@ import os
 import secrets
 import threading
 from contextlib import suppress
-from http.client import HTTPException, HTTPResponse
+from http.client import BadStatusLine, HTTPException
 from pathlib import Path
 from queue import Empty, Queue, SimpleQueue
 from typing import IO, Annotated, Any
 from urllib.error import HTTPError
-from urllib.request import AbstractHTTPHandler, HTTPHandler, HTTPSHandler, Request, build_opener
+from urllib.request import Request
 
 import typer
 
 from loraplex.cli.connection import ApiKey
-from loraplex_protos.tcp import keep_alive
+from loraplex.cli.http import open_url, read_url
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 BEGINNING = b'{"id"'  # of an answer
@@ -23,32 +23,8 @@ LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # to
 BUSY = (429, 503)
 LONGEST_WAIT = 30.0  # seconds before a line that met a busy server is sent again
 SECONDS = 3600.0  # without a byte of an answer, until the server counts as unreachable
-SILENCE_SECONDS = 60  # of the server's host, which may be gone without a word
 
 Line = dict[str, Any]
-
-
-class KeptAlive(AbstractHTTPHandler):
-    """Opens connections that end when the server's host is gone."""
-
-    def do_open(self, http_class: Any, req: Request, **options: Any) -> HTTPResponse:
-        class Connection(http_class):  # type: ignore[misc]
-            def connect(self) -> None:
-                super().connect()
-                keep_alive(self.sock, SILENCE_SECONDS)
-
-        return super().do_open(Connection, req, **options)
-
-
-class Http(KeptAlive, HTTPHandler):
-    pass
-
-
-class Https(KeptAlive, HTTPSHandler):
-    pass
-
-
-OPENER = build_opener(Http, Https)
 
 
 def batch(
@@ -69,13 +45,13 @@ def batch(
     A line is {"custom_id": ..., "method": "POST", "url": "/v1/...", "body": {...}}. Called again after an interruption,
     it continues.
     """
-    lines = read_requests(requests)
+    url, lines = read_url(url), read_requests(requests)
     with _open(answers) as output:
         done = {json.loads(line)["custom_id"] for line in output}
         rest = [line for line in lines if line["custom_id"] not in done]
         if done:
             typer.echo(f"{len(lines) - len(rest)} of {len(lines)} lines are answered already", err=True)
-        failed = _run(rest, output, url.rstrip("/"), api_key, parallel)
+        failed = _run(rest, output, url, api_key, parallel)
     typer.echo(f"lines answered: {len(rest)}, with an error: {failed}", err=True)
 
 
@@ -173,7 +149,8 @@ def _work(
 def _write(row: Line | Exception, output: IO[bytes]) -> bool:
     """Whether the line failed. Ends the command with a message if nobody answers, or if the answer cannot be kept."""
     if isinstance(row, OSError | HTTPException):
-        reason = getattr(row, "reason", row)
+        not_http = isinstance(row, BadStatusLine) and not isinstance(row, OSError)
+        reason = "it does not speak HTTP" if not_http else getattr(row, "reason", row)
         typer.echo(f"error: no server answers: {reason}. Give its address with --url.", err=True)
         raise typer.Exit(1)
     if isinstance(row, Exception):
@@ -201,7 +178,7 @@ def _ask(line: Line, url: str, api_key: str | None, stop: threading.Event) -> Li
     request, pause = Request(url + line["url"], json.dumps(line["body"]).encode(), headers), 1.0
     while True:
         try:
-            with OPENER.open(request, timeout=SECONDS) as answer:
+            with open_url(request, SECONDS) as answer:
                 return _row(line, answer.status, answer.headers, answer.read())
         except HTTPError as error:
             after = error.headers.get("Retry-After", "")

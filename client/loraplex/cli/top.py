@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from loraplex.cli.connection import ApiKey
+from loraplex.cli.http import open_url
 from loraplex.cli.output import listing, pairs_in_lines, width
 from loraplex.cli.samples import Change, Samples
 
@@ -83,7 +84,7 @@ def _scrape(urls: Sequence[str], api_key: str | None) -> Samples:
         if not url.startswith(("http://", "https://")):
             raise ValueError("a URL must begin with http:// or https://")
         request = urllib.request.Request(f"{url.rstrip('/')}/metrics", headers=headers)
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with open_url(request, 10) as response:
             texts.append(response.read().decode())
     return Samples(time.monotonic(), *texts)
 
