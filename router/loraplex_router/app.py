@@ -121,7 +121,7 @@ class Router:
         max_body = settings.max_body_mib << 20
         self._tls = Tls(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
         credentials = self._tls.grpc_credentials() if self._tls else None
-        self._grpc = GrpcServer(GenerationApi(self._service), max_body, telemetry.interceptors, credentials)
+        self._grpc = GrpcServer(GenerationApi(self._service), keys, max_body, telemetry.interceptors, credentials)
         self._app = create_app(self._service, settings.cors_origins.split(), max_body, settings.host)
         build_routes(self._app)
         self._batches = (

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 from collections import Counter
+from collections.abc import AsyncIterator
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from types import FrameType, SimpleNamespace
@@ -18,6 +19,7 @@ from google.protobuf.descriptor import Descriptor
 
 from loraplex_protos import generation_pb2, shard_pb2
 from loraplex_protos.adapter_names import why_not
+from loraplex_router.access.keys import Keys
 from loraplex_router.api import message_limits
 from loraplex_router.api.http import json_body
 from loraplex_router.api.http.face import build_routes
@@ -215,11 +217,16 @@ async def test_a_large_grpc_message_is_read_on_a_thread(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(message_limits, "parse_message", parse_message)
     service = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
-    limits = MessageLimits(service, lambda context: nullcontext(), together=10**6)
+    limits = MessageLimits(service, lambda context: nullcontext(), Keys({}), 10**6)
     handler = await limits.intercept_service(find, SimpleNamespace(method=f"/{service.full_name}/Generate"))
+    context = SimpleNamespace(invocation_metadata=tuple)
     for length in (1, LONG):
         request = generation_pb2.GenerateRequest(text="A" * length)
-        assert await handler.unary_unary(request.SerializeToString(), None) == request
+
+        async def messages(data: bytes = request.SerializeToString()) -> AsyncIterator[bytes]:
+            yield data
+
+        assert await handler.stream_unary(messages(), context) == request
     assert threads[0] is threading.main_thread() and threads[1] is not threads[0]
 
 

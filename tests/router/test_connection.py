@@ -253,7 +253,7 @@ async def test_a_grpc_client_that_does_not_read_is_given_up(monkeypatch: pytest.
             finally:
                 ended.set()
 
-    server = GrpcServer(Endless(), LIMIT)
+    server = GrpcServer(Endless(), Keys({}), LIMIT)
     grpc_port = await server.start("127.0.0.1", 0)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
         call = GenerationServiceStub(channel).GenerateStream(pb.GenerateRequest())
@@ -279,7 +279,7 @@ async def test_a_grpc_client_whose_host_is_gone_is_given_up(monkeypatch: pytest.
             finally:
                 ended.set()
 
-    server = GrpcServer(Slow(), LIMIT)
+    server = GrpcServer(Slow(), Keys({}), LIMIT)
     proxy = await Proxy(await server.start("127.0.0.1", 0)).start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}") as channel:
         call = GenerationServiceStub(channel).Generate(pb.GenerateRequest())
@@ -342,7 +342,7 @@ async def test_the_time_to_read_an_answer_of_grpc_begins_when_it_is_sent(
 
 
 async def test_a_grpc_client_that_pings_often_keeps_its_connection():
-    server = GrpcServer(GenerationServiceServicer(), LIMIT)
+    server = GrpcServer(GenerationServiceServicer(), Keys({}), LIMIT)
     grpc_port = await server.start("127.0.0.1", 0)
     reader, writer = await asyncio.open_connection("127.0.0.1", grpc_port)
     settings, ping = bytes(3) + b"\x04" + bytes(5), b"\x00\x00\x08\x06" + bytes(5) + b"a ping.."  # frames of HTTP/2
@@ -368,7 +368,7 @@ async def test_a_draining_grpc_server_has_clients_connect_elsewhere_and_finishes
             await go_on.wait()
             return pb.GenerateResponse()
 
-    first, second = GrpcServer(Slow(), LIMIT), GrpcServer(Slow(), LIMIT)
+    first, second = GrpcServer(Slow(), Keys({}), LIMIT), GrpcServer(Slow(), Keys({}), LIMIT)
     ports = [await server.start("127.0.0.1", 0) for server in (first, second)]
     addresses = ",".join(f"127.0.0.1:{each}" for each in ports)
     async with grpc.aio.insecure_channel(f"ipv4:{addresses}") as channel:

@@ -53,7 +53,7 @@ async def test_a_sequence_that_waits_to_continue_says_nothing_about_the_wait() -
 
 async def test_a_deadline_that_passes_in_the_queue_costs_nothing() -> None:
     setup = Setup(tenants=TENANTS)
-    server = GrpcServer(GenerationApi(setup.service), 1 << 20)
+    server = GrpcServer(GenerationApi(setup.service), setup.service.keys, 1 << 20)
     port = await server.start("127.0.0.1", 0)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = GenerationServiceStub(channel)

@@ -305,7 +305,7 @@ async def test_an_adapter_that_is_made_private_ends_what_may_be_asked_of_it(worl
 
 @asynccontextmanager
 async def stub_of(world: World) -> AsyncIterator[GenerationServiceStub]:
-    server = GrpcServer(GenerationApi(world.setup.service), 1 << 20)
+    server = GrpcServer(GenerationApi(world.setup.service), world.setup.service.keys, 1 << 20)
     port = await server.start("127.0.0.1", 0)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield GenerationServiceStub(channel)

@@ -20,6 +20,7 @@ from loraplex_router.adapters.staging import AT_A_TIME, AdapterStaging
 from loraplex_router.app import Router
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.pool import AdapterPool
+from loraplex_router.replicas import connections
 from loraplex_router.replicas.connections import adapter_bytes
 from loraplex_router.settings import RouterSettings
 from loraplex_router.telemetry.opening import open_telemetry
@@ -100,6 +101,29 @@ async def test_a_shard_with_another_authoritys_certificate_is_refused(files: Fil
     async with StandInServer(StandInShard(Timing()), "localhost:0", credentials) as server:
         with pytest.raises((TimeoutError, UnavailableError)):
             await connect(Address((f"localhost:{server.port}",)), files.issue("router"), seconds=1)
+
+
+async def test_a_replica_is_tried_again_while_the_routers_certificate_cannot_be_read(
+    files: Files, tls_server: StandInServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(connections, "RETRY_SECONDS", 0.05)
+    issued = files.issue("router")
+    assert issued.mtls_key
+    async with tls_server:
+        shards = [f"localhost:{tls_server.port}"]
+        settings = RouterSettings(shards=shards, http_port=0, grpc_port=0, **issued.model_dump())
+        away = issued.mtls_key.rename(issued.mtls_key.with_suffix(".away"))
+        with open_telemetry(settings) as telemetry:
+            ready = asyncio.Event()
+            running = asyncio.create_task(Router(settings, None, telemetry).run(lambda *_: ready.set()))
+            while "No such file" not in caplog.text and not running.done():
+                await asyncio.sleep(0.01)
+            away.rename(issued.mtls_key)
+            await asyncio.wait([running, asyncio.create_task(ready.wait())], return_when=asyncio.FIRST_COMPLETED)
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+    assert ready.is_set() and caplog.text.count("No such file") == 1
 
 
 def test_either_all_three_files_are_given_or_none(files: Files):

@@ -20,9 +20,9 @@ from loraplex_protos.generation_pb2_grpc import (
     GenerationServiceServicer,
     add_GenerationServiceServicer_to_server,
 )
-from loraplex_router.access.keys import read_bearer
+from loraplex_router.access.keys import Keys
 from loraplex_router.api.chats import create_reader, read_chat
-from loraplex_router.api.message_limits import MessageLimits
+from loraplex_router.api.message_limits import MessageLimits, key_of
 from loraplex_router.api.pooled import (
     read_classify_request,
     read_embed_request,
@@ -42,7 +42,6 @@ from loraplex_router.vocabulary.request import Request
 logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
-MOST_MESSAGES = 8  # of the largest size that may be in memory together; smaller ones are as many more
 MAX_SPANS = 2**17  # an answer of some 4 MB
 
 SERVER_OPTIONS = (
@@ -71,7 +70,7 @@ class GenerationApi(GenerationServiceServicer):
         async with _answering(context):
             if request.resume_token:
                 raise InvalidRequestError(FieldViolation("resume_token", "only GenerateStream resumes a stream"))
-            generations = await self._service.generate_each(_read(request, context), _key(context))
+            generations = await self._service.generate_each(_read(request, context), key_of(context))
             try:
                 await context.send_initial_metadata(((BEGUN, "1"),))  # from here on clients do not try again
                 writer = self._writer(request, generations)
@@ -87,7 +86,7 @@ class GenerationApi(GenerationServiceServicer):
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         async with _answering(context):
             stream = self._service.requests.stream("resume_token", request.resume_token)
-            generations = await self._service.generate_each(_read(request, context), _key(context), stream=stream)
+            generations = await self._service.generate_each(_read(request, context), key_of(context), stream=stream)
             try:
                 writer = self._writer(request, generations)
                 async for index, delta in read_each(generations, Generation.deltas):
@@ -108,17 +107,17 @@ class GenerationApi(GenerationServiceServicer):
         self, request: pb.CancelGenerationRequest, context: Context
     ) -> pb.CancelGenerationResponse:
         async with _answering(context):
-            self._service.cancel_request(request.request_id, _key(context))
+            self._service.cancel_request(request.request_id, key_of(context))
             return pb.CancelGenerationResponse()
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         async with _answering(context):
-            embeddings = await self._service.pooling.embed(read_embed_request(request), _key(context))
+            embeddings = await self._service.pooling.embed(read_embed_request(request), key_of(context))
             return await in_turn(sum(len(e.values) for e in embeddings), lambda: write_embeddings(embeddings))
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
         async with _answering(context):
-            asked, key, pooling = read_classify_request(request), _key(context), self._service.pooling
+            asked, key, pooling = read_classify_request(request), key_of(context), self._service.pooling
             found = await pooling.classify(asked, key)
             places = [await pooling.places(text, each, key) for text, each in zip(asked.inputs, found, strict=True)]
             size = sum(len(each.logits) for each in found)
@@ -131,7 +130,7 @@ class GenerationApi(GenerationServiceServicer):
             chat = request.HasField("chat")
             prompt = read_chat(request.chat) if chat else request.text
             spans = await self._service.tokenize(
-                prompt, not chat and not request.skip_special_tokens, None, _key(context)
+                prompt, not chat and not request.skip_special_tokens, None, key_of(context)
             )
             if len(spans) > MAX_SPANS:
                 many = f"has {len(spans)} tokens: at most {MAX_SPANS} are answered at once; HTTP's /tokenize takes more"
@@ -142,7 +141,7 @@ class GenerationApi(GenerationServiceServicer):
         async with _answering(context):
             if request.page_size < 0:
                 raise InvalidRequestError(FieldViolation("page_size", "must not be negative"))
-            statuses, more = await self._service.adapters.list(_key(context), request.page_token, request.page_size)
+            statuses, more = await self._service.adapters.list(key_of(context), request.page_token, request.page_size)
             response = pb.ListAdaptersResponse(next_page_token=statuses[-1].id if more else "")
             for start in range(0, len(statuses), AT_A_TIME):
                 response.adapters.extend(statuses[start : start + AT_A_TIME])
@@ -151,61 +150,61 @@ class GenerationApi(GenerationServiceServicer):
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
         async with _answering(context):
-            status = await self._service.adapters.load(read_reference(request.adapter), _key(context))
+            status = await self._service.adapters.load(read_reference(request.adapter), key_of(context))
             return pb.LoadAdapterResponse(adapter=status)
 
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
     ) -> pb.UploadAdapterResponse:
         async with _answering(context):
-            self._service.keys.administrator(_key(context))
+            self._service.keys.administrator(key_of(context))
             async with read_rest(request_iterator):
                 upload, files = await read_announcement(request_iterator)
 
                 async def read() -> dict[str, memoryview]:
                     return split(await receive(read_data(request_iterator), upload.size), files)
 
-                status = await self._service.adapters.upload(upload, read, _key(context))
+                status = await self._service.adapters.upload(upload, read, key_of(context))
             return pb.UploadAdapterResponse(adapter=status)
 
     async def RegisterAdapter(self, request: pb.RegisterAdapterRequest, context: Context) -> pb.RegisterAdapterResponse:
         async with _answering(context):
             expected = request.expected_version if request.HasField("expected_version") else None
             reference = read_reference(request.adapter)
-            status = await self._service.adapters.register(request.name, reference, expected, _key(context))
+            status = await self._service.adapters.register(request.name, reference, expected, key_of(context))
             return pb.RegisterAdapterResponse(adapter=status)
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         async with _answering(context):
             targets = read_targets(request.targets)
             expected = read_targets(request.expected.targets) if request.HasField("expected") else None
-            status = await self._service.adapters.set_alias(request.name, targets, expected, _key(context))
+            status = await self._service.adapters.set_alias(request.name, targets, expected, key_of(context))
             return pb.SetAliasResponse(adapter=status)
 
     async def RemoveAdapter(self, request: pb.RemoveAdapterRequest, context: Context) -> pb.RemoveAdapterResponse:
         async with _answering(context):
             expected = request.expected_version if request.HasField("expected_version") else None
-            await self._service.adapters.remove(request.name, expected, _key(context))
+            await self._service.adapters.remove(request.name, expected, key_of(context))
             return pb.RemoveAdapterResponse()
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, context: Context) -> pb.UnloadAdapterResponse:
         async with _answering(context):
-            await self._service.adapters.unload(read_adapter_name(request), request.wait, _key(context))
+            await self._service.adapters.unload(read_adapter_name(request), request.wait, key_of(context))
             return pb.UnloadAdapterResponse()
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.PinAdapterResponse:
         async with _answering(context):
-            status = await self._service.adapters.pin(read_adapter_name(request), _key(context))
+            status = await self._service.adapters.pin(read_adapter_name(request), key_of(context))
             return pb.PinAdapterResponse(adapter=status)
 
     async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.UnpinAdapterResponse:
         async with _answering(context):
-            status = await self._service.adapters.unpin(read_adapter_name(request), _key(context))
+            status = await self._service.adapters.unpin(read_adapter_name(request), key_of(context))
             return pb.UnpinAdapterResponse(adapter=status)
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         async with _answering(context):
-            self._service.keys.tenant(_key(context))
+            self._service.keys.tenant(key_of(context))
             return self._service.info
 
 
@@ -215,15 +214,15 @@ class GrpcServer:
     def __init__(
         self,
         api: GenerationApi,
+        keys: Keys,
         max_message: int,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         """`max_message`: the most bytes of a request. Without `credentials`, it does not speak TLS."""
         self._credentials = credentials
-        limits = MessageLimits(
-            pb.DESCRIPTOR.services_by_name["GenerationService"], _answering, MOST_MESSAGES * max_message
-        )
+        service = pb.DESCRIPTOR.services_by_name["GenerationService"]
+        limits = MessageLimits(service, _answering, keys, max_message)
         options = *SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message)
         self._server = grpc.aio.server(options=options, interceptors=(*interceptors, limits))
         self._health = health.aio.HealthServicer()
@@ -278,10 +277,3 @@ async def _answering(context: Context) -> AsyncIterator[None]:
 def _read(request: pb.GenerateRequest, context: Context) -> Request:
     left = context.time_remaining()
     return replace(read_request(request), deadline=None if left is None else time.monotonic() + left)
-
-
-def _key(context: Context) -> str | None:
-    """The API key that the caller sent."""
-    headers = dict(context.invocation_metadata() or ())
-    value = headers.get("authorization")
-    return read_bearer(value) if isinstance(value, str) else None

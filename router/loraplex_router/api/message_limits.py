@@ -1,9 +1,10 @@
-"""Checks gRPC requests before they are parsed: a part of two bytes takes fifty times as much memory in a message, and
-parsing millions of parts delays all streams."""
+"""Limits gRPC requests: who may send one, how long it takes, the size of all together, and the parts of each before it
+is parsed: a part of two bytes takes fifty times as much memory in a message, and parsing millions of parts delays all
+streams."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -11,17 +12,30 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, ServiceDescr
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
-from loraplex_protos.errors import FieldViolation, InvalidRequestError, OverloadedError, RequestCancelledError
+from loraplex_protos.errors import (
+    DeadlineError,
+    FieldViolation,
+    InvalidRequestError,
+    OverloadedError,
+    RequestCancelledError,
+)
+from loraplex_router.access.keys import Keys, read_bearer
+from loraplex_router.access.room import FULL, Place, Room
+from loraplex_router.access.tenant import Tenant
 from loraplex_router.api.sending import READ_SECONDS, Sender
 from loraplex_router.api.uploads import read_rest
 from loraplex_router.text.json_limits import LONG
 
+QUICK_SECONDS = 1.0  # in which nearly all messages arrive; nobody can tell how much of another one is in memory
+MESSAGE_SECONDS = 60.0  # for the others
+MOST_MESSAGES = 8  # of the largest size that may be in memory together; smaller ones are as many more
 MAX_FIELDS = 2**14  # set in a request and in all parts of it; a list of numbers is one
 MAX_NUMBERS = 2**19  # bytes of all lists of numbers: 175,000 token ids at least
 TEXTS = FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES
 VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5  # kinds of values on the wire
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Messages = AsyncIterator[bytes]
 Answering = Callable[[Context], AbstractAsyncContextManager[None]]
 
 
@@ -73,11 +87,15 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 class MessageLimits(grpc.aio.ServerInterceptor):
-    """Parses a service's requests within `answering`, where errors can be answered. The requests in progress may have
-    `together` bytes in all; beyond that, requests are refused."""
+    """Reads and parses a service's requests within `answering`, where errors can be answered. Nothing is read of
+    callers without a key, where one is needed. A message is refused if there is no room for it until its request is
+    answered; one that takes long to arrive, if there is none for as much as it may become."""
 
-    def __init__(self, service: ServiceDescriptor, answering: Answering, together: int) -> None:
-        self._room = together
+    def __init__(self, service: ServiceDescriptor, answering: Answering, keys: Keys, most: int) -> None:
+        """`most`: the most bytes of a message."""
+        self._room, self._arriving = (Room(MOST_MESSAGES * most, keys) for _ in range(2))
+        self._most = most
+        self._keys = keys
         self._kinds = {f"/{service.full_name}/{method.name}": method.input_type for method in service.methods}
         self._answering = answering
 
@@ -91,45 +109,75 @@ class MessageLimits(grpc.aio.ServerInterceptor):
         if handler is None or kind is None:
             return handler
 
-        async def unary(data: bytes, context: Context) -> Any:
-            with self._held(data):
-                return await handler.unary_unary(await self._read(data, kind, context), context)
+        async def unary(messages: Messages, context: Context) -> Any:
+            async with self._request(messages, kind, context) as request:
+                return await handler.unary_unary(request, context)
 
-        async def stream(data: bytes, context: Context) -> None:
-            with self._held(data):
-                answers = handler.unary_stream(await self._read(data, kind, context), context)
-                if not await Sender(answers, context).send_all():
+        async def stream(messages: Messages, context: Context) -> None:
+            async with self._request(messages, kind, context) as request:
+                if not await Sender(handler.unary_stream(request, context), context).send_all():
                     async with self._answering(context):
                         raise RequestCancelledError(f"the client has read nothing for {READ_SECONDS:g} seconds")
 
-        async def collect(messages: AsyncIterator[bytes], context: Context) -> Any:
+        async def collect(messages: Messages, context: Context) -> Any:
             async def parsed() -> AsyncIterator[Any]:  # within the handler, which answers errors
                 async with read_rest(messages):
                     async for data in messages:
-                        with self._held(data):
-                            yield await self._parse(data, kind)
+                        with self._room.place(tenant) as place:
+                            yield await _parse(data, kind, place)
 
+            async with self._answering(context):
+                tenant = self._tenant(context)
             return await handler.stream_unary(parsed(), context)
 
+        # gRPC would read all of a request that is not a stream before anybody is asked whether it may come.
         if handler.request_streaming:
             return grpc.stream_unary_rpc_method_handler(collect, None, handler.response_serializer)
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
-        return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
+            return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(unary, None, handler.response_serializer)
 
-    async def _read(self, data: bytes, kind: Descriptor, context: Context) -> Any:
+    @asynccontextmanager
+    async def _request(self, messages: Messages, kind: Descriptor, context: Context) -> AsyncIterator[Any]:
+        """The only message of a call."""
         async with self._answering(context):
-            return await self._parse(data, kind)
+            tenant = self._tenant(context)
+            data = await self._receive(messages, tenant)
+        with self._room.place(tenant) as place:
+            async with self._answering(context):
+                request = await _parse(data, kind, place)
+            yield request
 
-    async def _parse(self, data: bytes, kind: Descriptor) -> Any:
-        if self._room < 0:
-            raise OverloadedError("other requests are large: try again later")
-        return await asyncio.to_thread(parse_message, data, kind) if len(data) > LONG else parse_message(data, kind)
-
-    @contextmanager
-    def _held(self, data: bytes) -> Iterator[None]:
-        self._room -= len(data)
+    async def _receive(self, messages: Messages, tenant: Tenant) -> bytes:
+        receiving = asyncio.ensure_future(anext(aiter(messages), None))
         try:
-            yield
+            await asyncio.wait([receiving], timeout=QUICK_SECONDS)
+            if not receiving.done():
+                with self._arriving.place(tenant) as place:
+                    if not place.take(self._most):
+                        raise OverloadedError(FULL)
+                    await asyncio.wait([receiving], timeout=MESSAGE_SECONDS)
+            if not receiving.done():
+                raise DeadlineError(f"the request was not complete after {MESSAGE_SECONDS:g} seconds")
+            data = receiving.result()
         finally:
-            self._room += len(data)
+            receiving.cancel()
+        if data is None:
+            raise InvalidRequestError(FieldViolation("request", "is missing"))
+        return data
+
+    def _tenant(self, context: Context) -> Tenant:
+        return self._keys.tenant(key_of(context))
+
+
+async def _parse(data: bytes, kind: Descriptor, place: Place) -> Any:
+    if not place.take(len(data)):
+        raise OverloadedError(FULL)
+    return await asyncio.to_thread(parse_message, data, kind) if len(data) > LONG else parse_message(data, kind)
+
+
+def key_of(context: Context) -> str | None:
+    """The API key that the caller sent."""
+    headers = dict(context.invocation_metadata() or ())
+    value = headers.get("authorization")
+    return read_bearer(value) if isinstance(value, str) else None

@@ -95,8 +95,11 @@ class Connections:
         self._tasks.pop(address, None)
 
     async def _connect(self, address: Address) -> None:
+        """Drives the replica until it has stopped. Raises the LoraplexError that ended it earlier, OSError if a file of
+        mutual TLS cannot be read, or none can be opened now."""
+        credentials = channel_credentials(self._settings)
         observer = self._observer.replica(str(address))
-        shards = ShardGroup(address, observer, channel_credentials(self._settings))
+        shards = ShardGroup(address, observer, credentials)
         try:
             await self._drive(shards, observer, str(address))
         finally:

@@ -2,8 +2,8 @@
 Nothing is read of callers without a key, where one is needed."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Collection
+from contextlib import ExitStack
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex_protos.errors import UnauthenticatedError
 from loraplex_router.access.keys import Keys
+from loraplex_router.access.room import FULL, Place, Room
 from loraplex_router.access.tenant import Tenant
 from loraplex_router.api.http.call import key_of
 
@@ -21,8 +22,7 @@ MOST_DISCARDED = 8  # times the largest size is read of a refused body, because 
 
 class BodyLimit:
     """An ASGI middleware. Counts a body as it arrives, whatever its Content-Length, until its request is answered. A
-    body is refused if there is no room for it. With keys, a tenant has half of the room that others leave, so that
-    there is always some for somebody else."""
+    body is refused if there is no room for it."""
 
     def __init__(
         self, app: ASGIApp, limit: int, keys: Keys, seconds: float = BODY_SECONDS, without: Collection[str] = ()
@@ -32,8 +32,7 @@ class BodyLimit:
         self._limit = limit  # bytes
         self._keys = keys
         self._seconds = seconds
-        self._room = limit * MOST_BODIES
-        self._held: Counter[Tenant] = Counter()  # bytes
+        self._room = Room(limit * MOST_BODIES, keys)
         self._without = frozenset(without)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,8 +40,8 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         deadline = asyncio.get_running_loop().time() + self._seconds
-        tenant: Tenant | None = None
-        received, complete = 0, False
+        place: Place | None = None
+        complete = False
 
         async def read() -> tuple[Message, int]:
             """A part of the body, and its length."""
@@ -58,27 +57,21 @@ class BodyLimit:
             return message, len(message.get("body", b""))
 
         async def counted() -> Message:
-            nonlocal tenant, received
+            nonlocal place
             if complete:
                 return await receive()
-            tenant = tenant or self._tenant(scope)
+            place = place or stack.enter_context(self._room.place(self._tenant(scope)))
             message, size = await read()
-            received += size
-            self._room -= size
-            self._held[tenant] += size
-            if refusal := self._refusal(scope, tenant, received):
+            fits = place.take(size)
+            if refusal := self._refusal(scope, place.taken, fits):
                 discarded = size
                 while not complete and discarded < self._limit * MOST_DISCARDED:
                     discarded += (await read())[1]
                 raise refusal
             return message
 
-        try:
+        with ExitStack() as stack:
             await self._app(scope, counted, send)
-        finally:
-            self._room += received
-            if tenant is not None:
-                self._held -= Counter({tenant: received})
 
     def _tenant(self, scope: Scope) -> Tenant:
         try:
@@ -86,12 +79,12 @@ class BodyLimit:
         except UnauthenticatedError as error:
             raise HTTPException(401, error.message) from None
 
-    def _refusal(self, scope: Scope, tenant: Tenant, received: int) -> HTTPException | None:
+    def _refusal(self, scope: Scope, received: int, fits: bool) -> HTTPException | None:
         encodings = {value.lower() for name, value in scope["headers"] if name == b"content-encoding"}
         if encodings - {b"", b"identity"}:
             return HTTPException(415, "compressed bodies are not read: send it without Content-Encoding")
         if received > self._limit:
             return HTTPException(413, f"a request must have at most {self._limit} bytes", {"Connection": "close"})
-        if self._room < 0 or (self._keys.required and self._held[tenant] > self._room):
-            return HTTPException(429, "other requests are large: try again later", {"Retry-After": "1"})
+        if not fits:
+            return HTTPException(429, FULL, {"Retry-After": "1"})
         return None

@@ -1,0 +1,51 @@
+"""How much memory requests may take together. Pure policy."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from loraplex_router.access.keys import Keys
+from loraplex_router.access.tenant import Tenant
+
+FULL = "other requests are large: try again later"
+
+
+class Place:
+    """What one request takes of a room."""
+
+    def __init__(self, room: "Room", tenant: Tenant) -> None:
+        self.taken = 0  # bytes
+        self._room = room
+        self._tenant = tenant
+
+    def take(self, size: int) -> bool:
+        """Takes more, of which all is given back when the request is answered. Whether there was room for it."""
+        self.taken += size
+        return self._room.take(self._tenant, size)
+
+
+class Room:
+    """With keys, a tenant has half of the room that others leave, so that there is always some for somebody else."""
+
+    def __init__(self, size: int, keys: Keys) -> None:
+        """`size`: in bytes."""
+        self._free = size
+        self._keys = keys
+        self._taken: Counter[Tenant] = Counter()  # bytes
+
+    @contextmanager
+    def place(self, tenant: Tenant) -> Iterator[Place]:
+        """A request's place, while it is answered."""
+        place = Place(self, tenant)
+        try:
+            yield place
+        finally:
+            self.take(tenant, -place.taken)
+
+    def take(self, tenant: Tenant, size: int) -> bool:
+        """For Place."""
+        self._free -= size
+        self._taken[tenant] += size
+        if not self._taken[tenant]:
+            del self._taken[tenant]
+        return self._free >= 0 and not (self._keys.required and self._taken[tenant] > self._free)
