@@ -112,10 +112,10 @@ async def test_a_replica_is_tried_again_while_the_routers_certificate_cannot_be_
     async with tls_server:
         shards = [f"localhost:{tls_server.port}"]
         settings = RouterSettings(shards=shards, http_port=0, grpc_port=0, **issued.model_dump())
-        away = issued.mtls_key.rename(issued.mtls_key.with_suffix(".away"))
         with open_telemetry(settings) as telemetry:
-            ready = asyncio.Event()
-            running = asyncio.create_task(Router(settings, None, telemetry).run(lambda *_: ready.set()))
+            router, ready = Router(settings, None, telemetry), asyncio.Event()
+            away = issued.mtls_key.rename(issued.mtls_key.with_suffix(".away"))
+            running = asyncio.create_task(router.run(lambda *_: ready.set()))
             while "No such file" not in caplog.text and not running.done():
                 await asyncio.sleep(0.01)
             away.rename(issued.mtls_key)
