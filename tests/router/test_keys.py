@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
-from loraplex_router.access import followed_file
-from loraplex_router.access.key_file import KeyFile, KeyFileError, read_tenants
+from loraplex_router.access import followed_file, key_file, read_beside
+from loraplex_router.access.key_file import KeyFile, KeyFileError, read_tenants, read_tenants_beside
 from loraplex_router.access.keys import Keys, TenantSettings, read_bearer
 from loraplex_router.access.strict_yaml import read_yaml
 from loraplex_router.access.tenant import Allowance, Remaining, Tenant
@@ -53,6 +54,29 @@ def test_a_refusal_does_not_contain_the_key(key: str) -> None:
     with pytest.raises(UnauthenticatedError) as refusal:
         keys.tenant("prefix " + key)
     assert "prefix" not in str(refusal.value)
+
+
+def test_looking_up_a_key_costs_as_much_however_many_there_are() -> None:
+    def calls(number: int, key: str) -> int:
+        keys = Keys({f"tenant {n}": TenantSettings(keys=[hashed(f"key {n}")]) for n in range(number)})
+        for n in range(number):
+            keys.key_for(f"tenant {n}")
+        count = 0
+
+        def profile(_: object, event: str, __: object) -> None:
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(profile)
+        try:
+            with suppress(UnauthenticatedError):
+                keys.tenant(key)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    for key in ("key 0", "unknown"):
+        assert calls(1, key) == calls(1000, key)
 
 
 def test_only_an_administrator_administers(keys: Keys) -> None:
@@ -275,6 +299,25 @@ def test_whatever_stands_in_a_file_of_yaml_is_read_or_an_error_of_yaml(values: l
     text = "\n".join(f"{number}: {tag}{value}" for number, (tag, value) in enumerate(values))
     with suppress(yaml.YAMLError, UnicodeDecodeError):
         read_yaml(text.encode())
+
+
+@pytest.mark.parametrize("text", [YAML, YAML.replace("60000", "0"), YAML.replace("admin: true", "weight: 2")])
+def test_a_long_key_file_is_read_in_a_process_of_its_own_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+
+    def read(by: Callable[[Path], object]) -> object:
+        try:
+            return by(path)
+        except KeyFileError as error:
+            return error.message
+
+    here = read(read_tenants)
+    monkeypatch.setattr(read_beside, "SHORT", 0)
+    monkeypatch.setattr(key_file, "read_tenants", lambda path: pytest.fail("it is read here"))
+    assert read(read_tenants_beside) == here
 
 
 def test_a_missing_key_file_is_named(tmp_path: Path) -> None:

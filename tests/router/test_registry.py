@@ -32,7 +32,7 @@ from loraplex_protos.generation_pb2 import ADAPTER_STATE_FAILED as FAILED
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_LOADED as LOADED
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_REGISTERED as REGISTERED
 from loraplex_protos.generation_pb2 import AdapterStatus
-from loraplex_router.access import followed_file
+from loraplex_router.access import followed_file, read_beside
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.adapters import registry_file, registry_process
 from loraplex_router.adapters.registry import Registered, Registry
@@ -251,19 +251,21 @@ def test_a_long_file_is_read_in_a_process_of_its_own_with_the_same_result(
         except RegistryFileError as error:
             return error.message
 
-    monkeypatch.setattr(registry_process, "SHORT", 0)
-    assert read(registry_process.read_beside) == read(read_registry)
+    monkeypatch.setattr(read_beside, "SHORT", 0)
+    assert read(registry_process.read_registry_beside) == read(read_registry)
 
     def refuse(*_: object, **__: object) -> None:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(registry_process.subprocess, "run", refuse)  # a limit on processes is reached
-    assert read(registry_process.read_beside) == read(read_registry)
+    monkeypatch.setattr(read_beside.subprocess, "run", refuse)  # a limit on processes is reached
+    assert read(registry_process.read_registry_beside) == read(read_registry)
 
 
 async def test_a_change_costs_the_event_loop_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
-    monkeypatch.setattr(registry_file, "read_beside", lambda path: [reads.append(path), read_registry(path)][1])
+    monkeypatch.setattr(
+        registry_file, "read_registry_beside", lambda path: [reads.append(path), read_registry(path)][1]
+    )
     many = "".join(f"\n  name-{number:03}: {{1: {{id: a}}}}" for number in range(100))
     setup = Setup(registry_file=write(tmp_path, f"adapters:{many}\n"))
     file, registry = setup.registry_file, setup.registry

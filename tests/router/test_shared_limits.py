@@ -11,7 +11,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from loraplex_protos.errors import ForbiddenError, RateLimitedError
+from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnavailableError
+from loraplex_router.access import shared_limits
 from loraplex_router.access.limit_store import LEASE_SECONDS, LimitStore, Verdict
 from loraplex_router.access.shared_limits import SharedLimits
 from loraplex_router.access.tenant import Allowance, Tenant, Visit
@@ -161,6 +162,36 @@ async def test_calls_do_not_wait_for_an_answer_that_never_comes(failure: Excepti
         running.cancel()  # the router stops, if its loop has not failed
         await call
         await asyncio.wait([running])
+
+
+async def test_a_store_that_fails_is_not_asked_whenever_a_visit_ends(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shared_limits, "RENEW_SECONDS", 600)
+
+    class Store:
+        asked = 0
+        failing = asyncio.Event()
+
+        async def exchange(self, uses: object) -> list[Verdict]:
+            self.asked += 1
+            await self.failing.wait()
+            raise UnavailableError("no answer")
+
+    store, tenant = Store(), Tenant("busy", Allowance(max_requests=10))
+    limits = SharedLimits(store)
+    running = asyncio.create_task(limits.run())
+    calls = [asyncio.create_task(limits.begin(tenant, 0.0))]
+    while not store.asked:
+        await asyncio.sleep(0)
+    calls.append(asyncio.create_task(limits.begin(tenant, 0.0)))  # does not wait for another answer then
+    await asyncio.sleep(0)
+    store.failing.set()
+    async with asyncio.timeout(60):
+        for visit in await asyncio.gather(*calls):
+            visit.end_part()
+            limits.wake()
+            await asyncio.sleep(0.01)
+    assert store.asked == 1
+    running.cancel()
 
 
 async def test_calls_that_come_together_wait_for_one_answer(redis: Redis):

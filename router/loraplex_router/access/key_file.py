@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
+import orjson
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -27,6 +28,7 @@ from pydantic_core import PydanticCustomError
 from loraplex_protos.errors import LoraplexError
 from loraplex_router.access.followed_file import FollowedFile
 from loraplex_router.access.keys import Keys, TenantSettings
+from loraplex_router.access.read_beside import read_beside, write_answer
 from loraplex_router.access.strict_yaml import BadValueError, DuplicateKeyError, describe, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ class KeyFile:
 
     async def _reload(self) -> None:
         try:
-            self.keys.update(await asyncio.to_thread(read_tenants, self._path))
+            self.keys.update(await asyncio.to_thread(read_tenants_beside, self._path))
         except KeyFileError as error:
             logger.error("keeping the previous API keys: %s", error)
         else:
@@ -100,3 +102,21 @@ def read_tenants(path: Path) -> dict[str, TenantSettings]:
     if counts.total() != len(counts):
         raise KeyFileError(f"--api-keys: {path}: a key is listed twice")
     return file.tenants
+
+
+def read_tenants_beside(path: Path) -> dict[str, TenantSettings]:
+    """As read_tenants. Blocks, but hardly holds the interpreter's lock."""
+    return read_beside(path, read_tenants, __name__, _decode, KeyFileError)
+
+
+def _encode(tenants: dict[str, TenantSettings]) -> bytes:
+    return b"\n".join(orjson.dumps((name, settings.model_dump())) for name, settings in tenants.items())
+
+
+def _decode(data: bytes) -> dict[str, TenantSettings]:
+    """Tenant by tenant, so that other threads may run."""
+    return {name: TenantSettings(**settings) for name, settings in map(orjson.loads, data.splitlines())}
+
+
+if __name__ == "__main__":
+    write_answer(lambda path: _encode(read_tenants(path)))

@@ -67,8 +67,8 @@ class SharedLimits:
                 self._news.clear()
                 await self.exchange()
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(RENEW_SECONDS):
-                        await self._news.wait()
+                    async with asyncio.timeout(RENEW_SECONDS):  # a store that fails is left alone so long
+                        await (asyncio.Event() if self._fails else self._news).wait()
         finally:
             self._fails = True
             self._answer(self._beginnings, ())
@@ -102,6 +102,7 @@ class SharedLimits:
                 logger.warning("each router counts limits for itself for now: %s", error.message)
             self._fails = True
             self._tenants = {tenant: NOTHING for tenant in self._tenants if _held(tenant, ()) != NOTHING}
+            self._answer(self._beginnings, ())  # those that came meanwhile
             return
         if self._fails:
             logger.warning("routers count limits together again")

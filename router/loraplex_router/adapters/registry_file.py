@@ -15,7 +15,7 @@ from loraplex_router.access.followed_file import FollowedFile, state_of
 from loraplex_router.access.replaced_file import replace_file
 from loraplex_router.adapters.registry import Registered, Registry
 from loraplex_router.adapters.registry_content import RegistryFileError, faulty, write_registry
-from loraplex_router.adapters.registry_process import read_beside
+from loraplex_router.adapters.registry_process import read_registry_beside
 from loraplex_router.adapters.upload_folder import UploadFolder
 from loraplex_router.vocabulary.references import AdapterReference, Version
 
@@ -96,7 +96,7 @@ class RegistryFile:
         """What the file says now. It is read if it has changed. Raises RegistryFileError."""
         state = self._file.state()
         if self._known is None or self._known[0] != state:
-            self._known = state, read_beside(self._path)
+            self._known = state, read_registry_beside(self._path)
         return self._known[1]
 
     def _opened(self, content: Registered) -> Registered:
