@@ -6,10 +6,12 @@ import json
 import threading
 import time
 from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -21,11 +23,13 @@ from openai.types import Batch
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.api.http.inner_calls import InnerCalls
 from loraplex_router.api.http.openai.batches.routes import MOST_UPLOADS, uploads
+from loraplex_router.batches import reading
 from loraplex_router.batches.bucket import BatchBucket
 from loraplex_router.batches.folder import BatchFolder
 from loraplex_router.batches.folder_job import FolderJob
+from loraplex_router.batches.job import Job
 from loraplex_router.batches.opening import open_batches
-from loraplex_router.batches.reading import Line
+from loraplex_router.batches.reading import PIECE, Line
 from loraplex_router.batches.runner import BatchRunner
 from tests.full_disk import full_disk
 from tests.router.test_engine import Setup
@@ -317,6 +321,31 @@ async def test_a_tenant_at_its_limits_delays_neither_its_other_requests_nor_the_
         world.setup.shards.loads_held.set()
         await one.batches.cancel(waiting.id)
         assert (await ended(one, waiting)).status == "cancelled"
+
+
+async def test_batches_begin_one_after_the_other_for_each_tenant_and_read_piece_by_piece(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beginning, most, pauses, begin = Counter[str](), Counter[str](), list[float](), Job.begin
+
+    def watched(job: Job, longest: int) -> bool:
+        beginning[job.tenant] += 1
+        most[job.tenant] = max(most[job.tenant], beginning[job.tenant])
+        try:
+            return begin(job, longest)
+        finally:
+            beginning[job.tenant] -= 1
+
+    monkeypatch.setattr(Job, "begin", watched)
+    monkeypatch.setattr(reading, "time", SimpleNamespace(sleep=pauses.append))
+    content = text(line(1, url="/"), *({"unknown": "A" * 1000},) * 200)
+    world = World(place, most_bytes=1 << 24, tenants=TENANTS)
+    clients = [world.client(tenant) for tenant in TENANTS]
+    batches = [(client, await create(client, content)) for client in clients * 4]
+    async with world.running():
+        assert [(await ended(*each)).status for each in batches] == ["failed"] * 8
+    assert most == {"one": 1, "two": 1}
+    assert len(pauses) >= 8 * (len(content) // PIECE)
 
 
 async def test_uploads_of_a_tenant_do_not_keep_others_waiting(tmp_path: Path) -> None:

@@ -11,8 +11,11 @@ import pytest
 
 from loraplex_protos.errors import OverloadedError
 from loraplex_router.fair_slots import FairSlots
+from loraplex_router.replicas.replica import GRAMMARS_AT_A_TIME
 from loraplex_router.service.scoring import ScoreRequest, score
 from loraplex_router.text.fair_lock import FairLock
+from loraplex_router.vocabulary.adapter import Adapter
+from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
 from tests.router.test_engine import Setup
@@ -92,3 +95,27 @@ async def test_what_is_tokenized_waits_in_the_queue_of_sequences_which_has_a_lim
         service.requests.close(generation)
     assert len(await service.tokenize("A", False, None)) == 1
     assert service.requests.idle
+
+
+async def test_a_tenants_many_grammars_leave_room_for_another_ones() -> None:
+    setup, compiling, go_on = Setup(), list[str](), asyncio.Event()
+
+    async def compile_grammar(grammar: Grammar, adapter: Adapter) -> tuple[str, ...]:
+        compiling.append(grammar.text)
+        await go_on.wait()
+        return ()
+
+    setup.shards.compile_grammar = compile_grammar
+    place = setup.replicas.place
+    placing = [
+        asyncio.create_task(place(None, Grammar(GrammarKind.REGEX, f"{tenant} {number}"), tenant=tenant))
+        for tenant, count in (("flood", 50), ("other", 1))
+        for number in range(count)
+    ]
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert compiling == [f"flood {number}" for number in range(GRAMMARS_AT_A_TIME // 2)] + ["other 0"]
+    go_on.set()
+    for lease in await asyncio.gather(*placing):
+        lease.close()
+    assert len(compiling) == 51

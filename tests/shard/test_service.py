@@ -4,8 +4,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -392,3 +394,22 @@ def test_the_standard_health_check_is_answered(channel: grpc.Channel, service_na
 def test_an_address_that_cannot_be_opened_is_named(service: ShardService, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"listen: cannot open unix:.*no/such/folder"):
         start(service, f"unix:{tmp_path}/no/such/folder/rank.sock")
+
+
+def test_a_grammar_that_many_ask_for_at_once_is_compiled_once(service: ShardService) -> None:
+    callers, compiled = 4, list[pb.Grammar]()
+
+    def compile_slowly(grammar: pb.Grammar) -> list[pb.UnenforcedSchema]:
+        compiled.append(grammar)
+        (running,) = service._compiling._running.values()
+        until = time.monotonic() + 60
+        while len(running._condition._waiters) < callers - 1 and time.monotonic() < until:
+            time.sleep(0.001)
+        return [pb.UnenforcedSchema(field="grammar")]
+
+    service._grammars = SimpleNamespace(of=lambda adapter: SimpleNamespace(unenforced=compile_slowly))
+    request = pb.CompileGrammarRequest(grammar=pb.Grammar(text="a"))
+    with ThreadPoolExecutor(callers) as threads:
+        answers = list(threads.map(lambda _: service.CompileGrammar(request, None), range(callers)))
+    assert len(compiled) == 1
+    assert [answer.unenforced[0].field for answer in answers] == ["grammar"] * callers

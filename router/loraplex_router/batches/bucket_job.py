@@ -24,7 +24,7 @@ from loraplex_protos.errors import UnavailableError
 from loraplex_router.batches import layout
 from loraplex_router.batches.job import Job, Place
 from loraplex_router.batches.objects import ConflictError, Objects
-from loraplex_router.batches.reading import split_lines
+from loraplex_router.batches.reading import split_lines, unhurried
 from loraplex_router.batches.records import BatchRecord, Status, new_file_id
 from loraplex_router.batches.tally import Tally
 
@@ -164,6 +164,6 @@ class BucketJob(Job):
         listed = self._bucket.objects.list(layout.parts(self.record.id))
         paths = sorted(part.path for part in listed if part.path.endswith(KINDS[failed]))
         for _, content in self._bucket.objects.find_all(paths):
-            kept = [line for line in split_lines([content]) if tally.add(orjson.loads(line), failed)]
+            kept = [line for line in unhurried(split_lines([content])) if tally.add(orjson.loads(line), failed)]
             if kept:
                 yield b"".join(kept)

@@ -9,6 +9,7 @@ import orjson
 
 from loraplex_protos.errors import BatchNotFoundError
 from loraplex_router.batches.job import Job, Place
+from loraplex_router.batches.reading import unhurried
 from loraplex_router.batches.records import BatchRecord, new_file_id
 
 
@@ -50,7 +51,7 @@ class FolderJob(Job):
         self._files = tuple(self._folder.open_file(self.tenant, id) for id in ids)
         for file, failed in zip(self._files, (False, True), strict=True):
             file.seek(0)
-            for line in file:
+            for line in unhurried(file):
                 self._tally.add(orjson.loads(line), failed)
 
     def _append(self, row: bytes, failed: bool) -> None:

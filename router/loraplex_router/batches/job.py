@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from loraplex_protos.errors import BatchNotFoundError
-from loraplex_router.batches.reading import Line, check_lines, read_line
+from loraplex_router.batches.reading import Line, check_lines, read_line, unhurried
 from loraplex_router.batches.records import BatchRecord, Counts, ExpiresAfter, FileRecord, LineError, LineErrors, Status
 from loraplex_router.batches.tally import Row, Tally
 from loraplex_router.text.json_lines import dump_line
@@ -56,7 +56,7 @@ class Job(ABC):
         record = self.record
         if record.in_progress_at is None:
             try:
-                total, wrong = check_lines(self._input(), record.endpoint, longest)
+                total, wrong = check_lines(unhurried(self._input()), record.endpoint, longest)
             except BatchNotFoundError:
                 total, wrong = 0, [GONE]
             if wrong:
@@ -72,7 +72,7 @@ class Job(ABC):
 
     def remaining(self) -> Iterator[Line]:
         """The lines that are not answered."""
-        for text in self._input():
+        for text in unhurried(self._input()):
             line = read_line(text, self.record.endpoint)
             if isinstance(line, Line) and line.custom_id not in self._tally.done:
                 yield line

@@ -13,11 +13,13 @@ from loraplex_router.batches.batches import Batches
 from loraplex_router.batches.job import Job
 from loraplex_router.batches.reading import Line
 from loraplex_router.batches.records import BatchRecord, Status
+from loraplex_router.fair_slots import FairSlots
 from loraplex_router.loops import keep_running
 
 logger = logging.getLogger(__name__)
 
 MOST_LINES = 64  # of all batches together that are asked at the same time, and of a tenant, those that wait included
+BEGINNING = 2  # batches that begin at a time, one of each tenant: their inputs may be long
 BUSY = {OverloadedError.http_status, UnavailableError.http_status}
 SAVE_SECONDS = 5.0  # for writing down what a router has that stops
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before what met a busy server, or a place that fails, is tried again
@@ -37,6 +39,7 @@ class BatchRunner:
         self._places = asyncio.Semaphore(max(1, min(MOST_LINES, max_queue // 4)))
         # A tenant whose limits are reached waits without a place, so that others' batches go on.
         self._lines: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(MOST_LINES))
+        self._beginning = FairSlots(BEGINNING)
         self._running: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -86,8 +89,9 @@ class BatchRunner:
             async with self._closing(job):
                 if record.status is Status.CANCELLING and record.in_progress_at is None:
                     return await work(job.end, Status.CANCELLED)
-                if not await work(job.begin, self._longest):
-                    return
+                async with self._beginning.taken(tenant):
+                    if not await work(job.begin, self._longest):
+                        return
                 logger.info("batch %s: %d of %d lines remain", id, _open(record), record.request_counts.total)
                 try:
                     status = await self._run_lines(job)

@@ -12,10 +12,14 @@ from loraplex_router.engine.engine import Engine
 from loraplex_router.engine.observer import EngineObserver
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.scheduler import Limits, Scheduler
+from loraplex_router.fair_slots import FairSlots
 from loraplex_router.replicas.placement import Candidate
 from loraplex_router.vocabulary.adapter import Nearness
 from loraplex_router.vocabulary.references import Reference
 from loraplex_router.wire.shards import Shards
+
+# Grammars that are compiled at a time. Each occupies a thread of rank 0, as adapters do that are staged.
+GRAMMARS_AT_A_TIME = 8
 
 
 class Replica:
@@ -41,6 +45,7 @@ class Replica:
         self.scheduler = Scheduler(limits, self.blocks, pool)
         self.engine = Engine(self.scheduler, pool, shards, observer, changes)
         self.adapters = AdapterStaging(shards, pool, resolutions, changes, self.engine.wake)
+        self.compiling = FairSlots(GRAMMARS_AT_A_TIME)
         self.leases = 0  # requests placed here but not submitted yet
         self._preparing = 0  # requests whose adapter is being staged or whose grammar is being compiled
         self._failed_preparing = False

@@ -199,7 +199,7 @@ class Replicas:
             try:
                 with replica.preparing():
                     lease = Lease(self, replica, held or await replica.adapters.resolve(reference, tenant))
-                    await lease.prepare(grammar)
+                    await lease.prepare(grammar, tenant)
             except UnavailableError as error:
                 logger.warning("replica %s: %s", replica.name, error)
                 lost.append(replica)
@@ -304,11 +304,13 @@ class Lease:
         replica.leases += 1
         adapter.leases += 1
 
-    async def prepare(self, grammar: Grammar | None) -> None:
-        """Has the grammar compiled for the adapter. Closes the lease and raises if that fails."""
+    async def prepare(self, grammar: Grammar | None, tenant: str) -> None:
+        """Has the grammar compiled for the adapter, when it is the tenant's turn. Closes the lease and raises if that
+        fails."""
         if grammar is not None:
             try:
-                self.warnings = await self.replica.shards.compile_grammar(grammar, self.adapter)
+                async with self.replica.compiling.taken(tenant):
+                    self.warnings = await self.replica.shards.compile_grammar(grammar, self.adapter)
             except BaseException:
                 self.close()
                 raise

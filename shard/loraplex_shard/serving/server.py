@@ -54,8 +54,8 @@ from loraplex_shard.stepping.runner import Runner, Slots
 
 logger = logging.getLogger(__name__)
 
-# One thread sends the results of steps; each slow adapter source occupies another. For requests, these are at most 48
-# (adapters/staging.py in the router).
+# One thread sends the results of steps; each slow adapter source, and each grammar that is compiled, occupies another.
+# For requests, these are at most 48 and 8 (adapters/staging.py and replicas/replica.py in the router).
 WORKERS = 64
 # Seconds that calls may continue once no Step stream is open: the rest is not worth waiting for.
 GRACE = 1.0

@@ -20,6 +20,7 @@ from loraplex_protos.generation_pb2 import Sampling
 from loraplex_protos.shard_pb2_grpc import ShardServiceServicer
 from loraplex_shard.lora.listing import LocalListing
 from loraplex_shard.lora.merge import Recipe
+from loraplex_shard.lora.once import Once
 from loraplex_shard.lora.store import AdapterStore, StagedAdapter
 from loraplex_shard.lora.weights.deltas import Invocation
 from loraplex_shard.observation.telemetry import Telemetry
@@ -64,7 +65,7 @@ class ShardService(ShardServiceServicer):
         self._steps = steps
         self._adapters = adapters
         self._listing = listing
-        self._grammars = grammars
+        self._grammars, self._compiling = grammars, Once()
         self._info = info
         self._tokenizer = tokenizer
         self._telemetry = telemetry
@@ -174,7 +175,9 @@ class ShardService(ShardServiceServicer):
         self, request: pb.CompileGrammarRequest, context: grpc.ServicerContext
     ) -> pb.CompileGrammarResponse:
         with self._errors_answered(context):
-            unenforced = self._grammars.of(request.grammar.adapter).unenforced(request.grammar)
+            compiler = self._grammars.of(request.grammar.adapter)
+            key = request.grammar.SerializeToString(deterministic=True)
+            unenforced = self._compiling.do(key, lambda: compiler.unenforced(request.grammar))
             return pb.CompileGrammarResponse(unenforced=unenforced)
 
     def ListLocalAdapters(
