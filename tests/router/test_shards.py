@@ -1,6 +1,7 @@
 """Connections to shards that speak the real protocol: mutual TLS, several ranks, refusals and losses."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 
 from bench.stand_in_shard import INFO, Context, StandInServer, StandInShard, Timing
 from loraplex_protos import shard_pb2 as pb
-from loraplex_protos.errors import LoraplexError, OverloadedError, UnavailableError, to_status
+from loraplex_protos.errors import AdapterSourceError, LoraplexError, OverloadedError, UnavailableError, to_status
 from loraplex_protos.mtls import MtlsSettings, channel_credentials, server_credentials
 from loraplex_protos.protocol import PROTOCOL_VERSION
 from loraplex_router.adapters.resolutions import Resolutions
@@ -24,10 +25,11 @@ from loraplex_router.replicas import connections
 from loraplex_router.replicas.connections import adapter_bytes
 from loraplex_router.settings import RouterSettings
 from loraplex_router.telemetry.opening import open_telemetry
-from loraplex_router.vocabulary.references import AdapterReference
+from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
 from loraplex_router.wire import calls, shard_group
 from loraplex_router.wire.discovery import Address
 from loraplex_router.wire.shard_group import ShardGroup
+from loraplex_router.wire.shards import PartlyStagedError
 from tests.chaos.proxy import Proxy
 
 
@@ -267,6 +269,57 @@ async def test_a_router_that_connects_notices_a_connection_from_which_nothing_co
         assert replica.info.model_id == "stand-in"
         await replica.close()
         await proxy.close()
+
+
+class StagingShard(StandInShard):
+    """Stages what the ranks before it have staged, or does not."""
+
+    def __init__(self, info: pb.GetInfoResponse, digest: str, error: LoraplexError | None = None) -> None:
+        super().__init__(Timing(), info)
+        self.ended = False
+        self._digest, self._error = digest, error
+
+    async def StageAdapter(self, request: pb.StageAdapterRequest, context: Context) -> pb.StageAdapterResponse:
+        if self._error is not None:
+            status = to_status(self._error)
+            await context.abort(status.code, status.details, status.trailing_metadata)
+        await asyncio.sleep(0.1)
+        self.ended = True
+        return pb.StageAdapterResponse(digest=self._digest)
+
+    async def StageUpload(
+        self, parts: AsyncIterator[pb.StageUploadRequest], context: Context
+    ) -> pb.StageUploadResponse:
+        return pb.StageUploadResponse(adapter=await self.StageAdapter(pb.StageAdapterRequest(), context))
+
+    async def MergeAdapters(self, request: pb.MergeAdaptersRequest, context: Context) -> pb.MergeAdaptersResponse:
+        await self.StageAdapter(pb.StageAdapterRequest(), context)
+        return pb.MergeAdaptersResponse()
+
+
+async def test_staging_fails_once_all_ranks_have_answered_and_says_what_some_of_them_hold(tmp_path: Path) -> None:
+    broken = AdapterSourceError("the source does not answer")
+    merged = MergedReference((AdapterReference("a"),), (1.0,))
+    ranks = [
+        StagingShard(rank(0, 3), "one"),
+        StagingShard(rank(1, 3), "", broken),
+        StagingShard(rank(2, 3), "another"),
+    ]
+    async with AsyncExitStack() as stack:
+        for number, each in enumerate(ranks):
+            await stack.enter_async_context(StandInServer(each, f"unix:{tmp_path}/{number}"))
+        replica = await connect(Address(tuple(f"unix:{tmp_path}/{number}" for number in range(3))), MtlsSettings())
+        for way, held in (
+            (lambda: replica.stage(AdapterReference("a")), {"one", "another"}),
+            (lambda: replica.upload(Upload(lambda: {"file": memoryview(b"content")})), {"one", "another"}),
+            (lambda: replica.merge("merged", ["a"], merged, {}), {"merged"}),
+        ):
+            ranks[2].ended = False
+            with pytest.raises(PartlyStagedError, match="does not answer") as partly:
+                await way()
+            assert isinstance(partly.value.error, AdapterSourceError)
+            assert ranks[2].ended and partly.value.digests == held
+        await replica.close()
 
 
 async def test_ranks_that_do_not_form_a_replica_are_refused(tmp_path: Path):

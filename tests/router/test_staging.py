@@ -6,13 +6,14 @@ from hashlib import sha256
 
 import pytest
 
-from loraplex_protos.errors import AdapterNotFoundError, OverloadedError
+from loraplex_protos.errors import AdapterNotFoundError, AdapterSourceError, LoraplexError, OverloadedError
 from loraplex_router.adapters.resolutions import Resolutions
 from loraplex_router.adapters.staging import AdapterStaging
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.vocabulary.adapter import StagedAdapter
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
+from loraplex_router.wire.shards import PartlyStagedError
 
 A, B = AdapterReference("a"), AdapterReference("b")
 
@@ -32,6 +33,8 @@ class Shards:
         self.may_merge.set()
         self.links: dict[str, str] = {}  # of ids to those whose content they have
         self.late: dict[str, asyncio.Event] = {}  # ids whose answer comes when it is set, although they are staged
+        self.rank_1: LoraplexError | None = None  # why it stages nothing
+        self.unstaging: LoraplexError | None = None  # why nothing is unstaged
 
     async def stage(self, reference: AdapterReference) -> StagedAdapter:
         if reference.id == "missing":
@@ -59,6 +62,8 @@ class Shards:
         return self._hold(StagedAdapter(digest, "merged", "", 8, 10))
 
     async def unstage(self, digest: str) -> None:
+        if self.unstaging is not None:
+            raise self.unstaging
         self.staged.remove(digest)
 
     async def load(self, digest: str, slot: int) -> None:
@@ -71,6 +76,8 @@ class Shards:
         if len({*self.staged, staged.digest}) > self.room:
             raise OverloadedError("no room")
         self.staged.add(staged.digest)
+        if self.rank_1 is not None:
+            raise PartlyStagedError(self.rank_1, {staged.digest})
         return staged
 
 
@@ -211,6 +218,37 @@ async def test_waiting_ends_for_an_adapter_of_a_lost_replica(shards: Shards) -> 
     await asyncio.sleep(0)
     staging.close()
     await unloading
+
+
+async def test_what_only_some_ranks_have_staged_is_unstaged(shards: Shards) -> None:
+    staging = Staging(shards)
+    first, second = await staging.resolve(A), await staging.resolve(B)
+    shards.rank_1 = AdapterSourceError("the source does not answer")
+    for reference in AdapterReference("c"), MergedReference((A, B)):
+        with pytest.raises(AdapterSourceError, match="does not answer"):
+            await staging.resolve(reference)
+    with pytest.raises(AdapterSourceError):
+        await staging.read_again(A)  # all ranks hold that content already
+    assert shards.staged == {first.digest, second.digest}
+    shards.rank_1 = None
+    third = await staging.resolve(AdapterReference("c"))
+    assert shards.staged == {first.digest, second.digest, third.digest}
+
+
+async def test_what_cannot_be_unstaged_leaves_when_room_is_needed(
+    shards: Shards, caplog: pytest.LogCaptureFixture
+) -> None:
+    staging = Staging(shards)
+    shards.room = 2
+    first = await staging.resolve(A)
+    shards.rank_1, shards.unstaging = AdapterSourceError("the source does not answer"), LoraplexError("rank 0 failed")
+    with pytest.raises(AdapterSourceError, match="does not answer"):
+        await staging.resolve(B)
+    assert "cannot be unstaged where only some ranks hold it: rank 0 failed" in caplog.text
+    assert len(shards.staged) == 2
+    shards.rank_1 = shards.unstaging = None
+    third = await staging.resolve(AdapterReference("c"))
+    assert shards.staged == {first.digest, third.digest}
 
 
 async def test_another_replica_stages_the_revision_that_was_resolved(shards: Shards) -> None:

@@ -1,10 +1,19 @@
 """Stages one replica's adapters into host memory and unstages them. The engine loads them onto the device."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 
-from loraplex_protos.errors import AdapterSourceError, FieldViolation, InvalidRequestError, OverloadedError, quote
+from loraplex_protos.errors import (
+    AdapterSourceError,
+    FieldViolation,
+    InvalidRequestError,
+    LoraplexError,
+    OverloadedError,
+    UnavailableError,
+    quote,
+)
 from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.pool import AdapterPool
@@ -20,7 +29,9 @@ from loraplex_router.vocabulary.references import (
     merged_digest,
     with_weights,
 )
-from loraplex_router.wire.shards import AdapterShards
+from loraplex_router.wire.shards import AdapterShards, PartlyStagedError
+
+logger = logging.getLogger(__name__)
 
 # Adapters that are staged at a time. Each occupies a thread of every shard, maybe until a source gives up, and a shard
 # has 64 threads for all calls.
@@ -47,6 +58,7 @@ class AdapterStaging:
         self._staging: dict[str, tuple[Reference, asyncio.Task[Adapter]]] = {}  # by the reference's key
         self._unstaging: dict[str, asyncio.Task[None]] = {}  # by digest
         self._noting: dict[object, set[str]] = {}  # see _noting_unstaged
+        self._leftover: set[str] = set()  # digests that only some ranks hold
         self._slots = FairSlots(AT_A_TIME)
         self._closed = False
 
@@ -193,8 +205,10 @@ class AdapterStaging:
         while True:
             try:
                 async with self._slots.taken(tenant):
-                    return await bring()
+                    return await self._bring_whole(bring)
             except OverloadedError:
+                if await self._drop_leftover():
+                    continue
                 if adapter := self._pool.least_needed():
                     await self.unload(adapter)
                 elif leaving := [task for digest, task in self._unstaging.items() if not self._is_wanted(digest)]:
@@ -205,6 +219,33 @@ class AdapterStaging:
     def _is_wanted(self, digest: str) -> bool:
         adapter = self._pool.get(digest)
         return adapter is not None and adapter.wanted
+
+    async def _bring_whole(self, bring: Callable[[], Coroutine[None, None, StagedAdapter]]) -> StagedAdapter:
+        """Runs `bring`. If only some ranks stage the adapter, it is unstaged there."""
+        try:
+            return await bring()
+        except PartlyStagedError as partly:
+            self._leftover |= partly.digests
+            await self._drop_leftover()
+            raise partly.error from None
+
+    async def _drop_leftover(self) -> bool:
+        """Unstages what only some ranks hold. Returns whether that made room."""
+        kept, made_room = set[str](), False
+        while self._leftover:
+            digest = self._leftover.pop()
+            if self._pool.get(digest) is not None or digest in self._unstaging:
+                continue  # all ranks hold it, or soon none
+            try:
+                await self._forget(digest, self._shards.unstage(digest))
+                made_room = True
+            except UnavailableError:  # the replica is lost, with all that it holds
+                raise
+            except LoraplexError as error:
+                logger.error("adapter %s cannot be unstaged where only some ranks hold it: %s", digest, error)
+                kept.add(digest)
+        self._leftover |= kept
+        return made_room
 
     async def _check_room(self, staged: StagedAdapter) -> None:
         """See AdapterPool.check_room. An adapter that is refused is unstaged."""

@@ -91,10 +91,18 @@ async def typed(call: Awaitable[T]) -> T:
 
 
 async def all_of(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """The answers to calls that were made to several ranks. Raises an error only after all have answered, since what a
-    rank still does would meet the next call there; the error of a rank that is gone rather than another one."""
+    """The answers to calls that were made to several ranks. Raises an error as `settled` returns it."""
+    answers, error = await settled(calls)
+    if error is not None:
+        raise error
+    return answers
+
+
+async def settled(calls: Iterable[Awaitable[T]]) -> tuple[list[T], BaseException | None]:
+    """The answers of those ranks that do what they were called for, and an error of the others, if any: that of a rank
+    that is gone rather than another one. Returns only after all have answered, since what a rank still does would meet
+    the next call there."""
     outcomes = await asyncio.gather(*map(typed, calls), return_exceptions=True)
+    answers = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
     errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-    if errors:
-        raise next((error for error in errors if isinstance(error, UnavailableError)), errors[0])
-    return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+    return answers, min(errors, key=lambda error: not isinstance(error, UnavailableError), default=None)

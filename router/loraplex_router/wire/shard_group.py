@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
@@ -19,7 +19,6 @@ from loraplex_protos.errors import (
     InvalidRequestError,
     LoraplexError,
     UnavailableError,
-    quote,
 )
 from loraplex_protos.shard_pb2_grpc import ShardServiceStub
 from loraplex_router.vocabulary.adapter import Adapter, Fetch, LocalAdapter, StagedAdapter
@@ -33,6 +32,7 @@ from loraplex_router.wire.calls import (
     agree,
     all_of,
     check_health,
+    settled,
     typed,
     watch_health,
     within,
@@ -40,7 +40,7 @@ from loraplex_router.wire.calls import (
 from loraplex_router.wire.codec import encode_grammar
 from loraplex_router.wire.discovery import Address
 from loraplex_router.wire.pulse import TICK_SECONDS, Pulse, SilentError
-from loraplex_router.wire.shards import ShardsObserver
+from loraplex_router.wire.shards import PartlyStagedError, ShardsObserver
 
 if TYPE_CHECKING:
     from loraplex_protos.shard_pb2_grpc import ShardServiceAsyncStub
@@ -239,16 +239,16 @@ class ShardGroup:
         with self._observer.loading("host"):
             first = await typed(self._ranks[0].StageAdapter(request))
             request.source, request.revision = first.source, first.revision
-            others = await all_of(rank.StageAdapter(request) for rank in self._ranks[1:])
-            if any(other.digest != first.digest for other in others):
-                raise AdapterSourceError(f"adapter {quote(reference.id)}: the ranks read different files")
+            others, error = await settled(rank.StageAdapter(request) for rank in self._ranks[1:])
+            _check_whole({first.digest, *(other.digest for other in others)}, error)
         return read_staged([first, *others])
 
     async def upload(self, upload: Upload) -> StagedAdapter:
         """Sends the files to all ranks."""
         files = await asyncio.to_thread(upload.read)
         with self._observer.loading("host"):
-            answers = await self._on_all(lambda rank: rank.StageUpload(upload_parts(files)))
+            answers, error = await settled(rank.StageUpload(upload_parts(files)) for rank in self._ranks)
+            _check_whole({answer.adapter.digest for answer in answers}, error)
         return read_staged([answer.adapter for answer in answers])
 
     async def merge(
@@ -267,10 +267,11 @@ class ShardGroup:
         files = {digest: await asyncio.to_thread(upload.read) for digest, upload in uploads.items()}
         with self._observer.loading("host"):
             if files:
-                sent = await self._on_all(lambda rank: rank.MergeUploads(merge_parts(request, files)))
+                sent, error = await settled(rank.MergeUploads(merge_parts(request, files)) for rank in self._ranks)
                 answers = [each.merged for each in sent]
             else:
-                answers = await self._on_all(lambda rank: rank.MergeAdapters(request))
+                answers, error = await settled(rank.MergeAdapters(request) for rank in self._ranks)
+            _check_whole({digest} if answers else set(), error)
         size, on_device = sum(answer.size_bytes for answer in answers), max(answer.device_bytes for answer in answers)
         return StagedAdapter(digest, "merged", "", answers[0].lora_rank, size, on_device)
 
@@ -336,3 +337,13 @@ class ShardGroup:
 
     async def _on_all(self, call: Callable[["ShardServiceAsyncStub"], Awaitable[T]]) -> list[T]:
         return await all_of(call(rank) for rank in self._ranks)
+
+
+def _check_whole(held: Set[str], error: BaseException | None) -> None:
+    """Raises an error unless all ranks have staged the same adapter. `held`: the digests that they answered with."""
+    if error is None and len(held) > 1:
+        error = AdapterSourceError("the ranks have read different files: the adapter has changed meanwhile, try again")
+    if isinstance(error, LoraplexError) and held:
+        raise PartlyStagedError(error, held)
+    if error is not None:
+        raise error

@@ -1,13 +1,23 @@
 """The interface to a replica's shards, which are driven as if they were one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from loraplex_protos import shard_pb2 as pb
+from loraplex_protos.errors import LoraplexError
 from loraplex_router.vocabulary.adapter import Adapter, Fetch, LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.grammar import Grammar
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference, Upload
+
+
+class PartlyStagedError(LoraplexError):
+    """Staging has failed with `error`, but some ranks hold `digests` now."""
+
+    def __init__(self, error: LoraplexError, digests: Iterable[str]) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.digests = frozenset(digests)
 
 
 class ShardsObserver(Protocol):
@@ -38,7 +48,7 @@ class Slots(Protocol):
 
 
 class Staging(Protocol):
-    """Adapters in host memory."""
+    """Adapters in host memory. The first three raise PartlyStagedError if only some ranks hold the adapter then."""
 
     async def stage(self, reference: AdapterReference) -> StagedAdapter: ...
     async def upload(self, upload: Upload) -> StagedAdapter: ...
