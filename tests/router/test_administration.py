@@ -447,6 +447,35 @@ async def test_later_pages_do_not_ask_the_shards_again(cluster: Cluster):
     assert [each.id for each in (await cluster.administration.listing.page()).adapters] == ["a", "b", "c"]
 
 
+async def test_those_who_list_while_the_directory_is_listed_wait_for_the_next_listing_together(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    shards, listing, asked = cluster.replica.shards, cluster.administration.listing, 0
+    release = asyncio.Event()
+
+    async def list_local() -> list[LocalAdapter]:
+        nonlocal asked
+        asked += 1
+        found = list(shards.local)
+        await release.wait()
+        return found
+
+    monkeypatch.setattr(shards, "local_adapters", list_local)
+    first = asyncio.create_task(listing.page())
+    while not asked:
+        await asyncio.sleep(0)
+    shards.local = [LocalAdapter("new"), LocalAdapter("newer")]
+    others = [asyncio.create_task(listing.page(only="new")) for _ in range(50)]
+    others.append(asyncio.create_task(listing.page(only="absent")))
+    await asyncio.sleep(0)
+    others[0].cancel()
+    release.set()
+    assert [each.id for each in (await first).adapters] == ["a", "b", "broken"]
+    pages = await asyncio.gather(*others[1:])
+    assert [[each.id for each in page.adapters] for page in pages] == [["new"]] * 49 + [[]]
+    assert asked == 2
+
+
 async def test_a_listing_without_a_replica_is_an_error(cluster: Cluster):
     cluster.replica.stopping = True
     with pytest.raises(UnavailableError, match="no replica is ready"):

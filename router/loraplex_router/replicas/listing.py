@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from functools import partial
 from itertools import islice
 from operator import attrgetter, itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import AdapterNotFoundError, UnavailableError, quote
@@ -35,6 +35,7 @@ NAMES_KEPT = 20  # times as long as listing them took, which is slow if there ar
 AT_A_TIME = 100  # lines of a listing computed without a pause
 LISTING_KEPT = 60.0  # seconds, for the pages after the first one
 
+T = TypeVar("T")
 Fetches = Mapping[tuple[str, str, str], Fetch]  # by id, source and revision, as requested
 NO_FETCHES: Fetches = {}
 
@@ -69,6 +70,8 @@ class Listing:
         self._pins = pins
         self._listed: Sequence[LocalAdapter] = ()
         self._listed_at = -LISTING_KEPT
+        self._listing = asyncio.Lock()
+        self._next_listing: asyncio.Task[Sequence[LocalAdapter]] | None = None  # which has not begun
         self._names = frozenset[str]()
         self._named_until = 0.0
         self._naming: asyncio.Task[None] | None = None
@@ -90,11 +93,10 @@ class Listing:
         known = {line.id for line in several if line.key[1] in ("", "local")}
         several += self._registered(self._registry.upload_lines(), local, fetches, listed)
         declared = self._registry.content.lines
-        beginning = bisect_right(declared, after, key=itemgetter(0)) if after else 0
         lines = heapq.merge(
             sorted((line for line in several if line.id > after), key=attrgetter("key")),
-            self._registered(islice(declared, beginning, None), local, fetches, listed),
-            self._in_directory(islice(local, bisect_right(local, after, key=attrgetter("id")), None), known),
+            self._registered(_part(declared, itemgetter(0), after, only), local, fetches, listed),
+            self._in_directory(_part(local, attrgetter("id"), after, only), known),
             key=attrgetter("id"),
         )
         page: list[pb.AdapterStatus] = []
@@ -166,12 +168,21 @@ class Listing:
         """The names in the adapter directory, sorted; with `kept`, as they were a short while ago."""
         if kept and time.monotonic() - self._listed_at < LISTING_KEPT:
             return self._listed
-        replica = next((replica for replica in self._replicas if replica.accepting), None)
-        if replica is None:
-            raise UnavailableError("no replica is ready: try again later")
-        self._listed = await replica.shards.local_adapters()
-        self._listed_at = time.monotonic()
-        return self._listed
+        if self._next_listing is None:
+            self._next_listing = asyncio.create_task(self._list_directory())
+        return await asyncio.shield(self._next_listing)
+
+    async def _list_directory(self) -> Sequence[LocalAdapter]:
+        """One at a time. Those who ask meanwhile wait for the next one together, since the directory may have changed
+        after this one has begun."""
+        async with self._listing:
+            self._next_listing = None
+            replica = next((replica for replica in self._replicas if replica.accepting), None)
+            if replica is None:
+                raise UnavailableError("no replica is ready: try again later")
+            self._listed = await replica.shards.local_adapters()
+            self._listed_at = time.monotonic()
+            return self._listed
 
     async def lists(self, id: str) -> bool:
         """Whether `page` has this id."""
@@ -230,6 +241,14 @@ def holders_of(replicas: Replicas, digest: str) -> Iterator[tuple[Replica, Adapt
     for replica in replicas:
         if adapter := replica.pool.get(digest):
             yield replica, adapter
+
+
+def _part(lines: Sequence[T], id_of: Callable[[T], str], after: str, only: str) -> Iterator[T]:
+    """Of lines sorted by id, those after an id, if there is one; with `only`, those with this id."""
+    start = bisect_right(lines, after, key=id_of) if after else 0
+    if not only:
+        return islice(lines, start, None)
+    return islice(lines, max(start, bisect_left(lines, only, key=id_of)), bisect_right(lines, only, key=id_of))
 
 
 def _find(local: Sequence[LocalAdapter], id: str) -> LocalAdapter | None:
