@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from loraplex_protos.errors import OverloadedError
+from loraplex_router.adapters.resolutions import Entry
+from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.fair_slots import FairSlots
+from loraplex_router.replicas.listing import Line
 from loraplex_router.replicas.replica import GRAMMARS_AT_A_TIME
 from loraplex_router.service.scoring import ScoreRequest, score
 from loraplex_router.text.fair_lock import FairLock
@@ -18,7 +21,9 @@ from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.grammar import Grammar, GrammarKind
 from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.sequence import Plan
 from tests.router.test_engine import Setup
+from tests.router.test_scheduler import World
 
 
 def count_lines(work: Callable[[], object]) -> int:
@@ -119,3 +124,55 @@ async def test_a_tenants_many_grammars_leave_room_for_another_ones() -> None:
     for lease in await asyncio.gather(*placing):
         lease.close()
     assert len(compiling) == 51
+
+
+def test_a_sequence_starts_as_fast_beside_many_tenants_and_sequences() -> None:
+    def start(size: int) -> int:
+        world = World(blocks=2 * size, budget=2 * size, rows=2 * size)
+        for number in range(size):
+            world.submit("", [number, 1], 2, tenant=str(number // 3))
+        plans = list[Plan | None]()
+        count = count_lines(lambda: plans.append(world.scheduler.schedule()))
+        assert plans[0] and len(plans[0].starts) == size
+        return count
+
+    assert start(500) < 15 * start(50)
+
+
+def test_whether_an_adapter_finds_a_spare_slot_costs_as_much_beside_many_adapters() -> None:
+    def look(size: int) -> None:
+        pool = AdapterPool(slots=2, host_bytes=1 << 30, device_bytes=size)
+        for number in range(size):
+            pool.add(str(number), lora_rank=8, size_bytes=1, device_bytes=number)
+        for _ in range(size):
+            assert pool.has_spare_slot
+        for adapter in list(pool):
+            pool.remove(adapter)
+
+    assert grows_as_its_size(look)
+
+
+async def test_many_names_of_one_content_are_listed_as_fast_each_as_few() -> None:
+    def list_names(size: int) -> int:
+        setup, asked = Setup(), list[str]()
+        setup.pool.add("content", lora_rank=8, size_bytes=1)
+        for number in range(size):
+            reference = AdapterReference(f"a{number}")
+            setup.resolutions.remember(reference, Entry(reference.id, "local", "", "content"))
+        listing, found = setup.administration.listing, list[Line]()
+        count = count_lines(lambda: found.extend(listing._loaded(lambda name: asked.append(name) or name != "a1")))
+        assert len(found) == len(asked) == size
+        return count
+
+    assert list_names(500) < 15 * list_names(50)
+
+
+async def test_who_does_not_see_all_names_of_a_content_is_not_told_when_it_was_used() -> None:
+    setup = Setup()
+    adapter = setup.pool.add("content", lora_rank=8, size_bytes=1)
+    adapter.last_used = 1.0
+    for id in ("a", "b", "c"):
+        setup.resolutions.remember(AdapterReference(id), Entry(id, "local", "", "content"))
+    for hidden, told in (("", ["a", "b", "c"]), ("a", ["a"]), ("b", ["b"])):
+        lines = setup.administration.listing._loaded(lambda name, hidden=hidden: name != hidden)
+        assert [line.id for line in lines if (status := line.status()) and status.HasField("last_used")] == told

@@ -116,6 +116,7 @@ def test_nothing_beyond_a_share_starts_while_others_wait_and_everything_ends(arr
     world = World(blocks=blocks, rows=6)
 
     def step() -> bool:
+        world.scheduler._turns.begin_anew()
         before, ran, head = held(world, "small"), running(world, "small"), world.scheduler._turns.next()
         attempts = head.attempts if head else 0
         going = world.step()

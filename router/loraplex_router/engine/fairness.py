@@ -45,6 +45,11 @@ class Share:
         goes before it, since nothing of it runs yet."""
         return self.served, self.total / self.weight
 
+    @property
+    def next_place(self) -> float:
+        """How many sequences would run with one more, divided by the weight."""
+        return (self.total + 1) / self.weight
+
 
 class Shares:
     """The shares of all tenants. Their number is bounded by the key file, so counters are never dropped."""
@@ -198,7 +203,7 @@ class Shares:
 
 def _much_more(places: int, weight: float, own: Share) -> bool:
     """Whether a tenant with so many places gives one up to another one."""
-    return (places - 1) / weight >= (own.total + 1) / own.weight
+    return (places - 1) / weight >= own.next_place
 
 
 def _with_several(siblings: list[Sequence], adapter: Adapter) -> Adapter | None:

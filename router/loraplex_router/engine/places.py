@@ -19,6 +19,13 @@ class Places:
         self._shares = KvShares(blocks.num_blocks)
         self._free_rows = list(range(rows - 1, -1, -1))
         self.running: list[Sequence] = []  # oldest first
+        # How many blocks those that run have yet to take, as far as it is not 0; None: nobody has asked in this plan.
+        self._expected: dict[Sequence, int] | None = None
+        self._expected_blocks = 0  # of all of them together
+
+    def begin_plan(self) -> None:
+        """Tokens have come since the last plan."""
+        self._expected = None
 
     @property
     def full(self) -> bool:
@@ -35,10 +42,12 @@ class Places:
         sequence.computed = len(sequence.blocks) * self._block_size
         insort(self.running, sequence, key=lambda running: running.number)
         sequence.adapter.running += 1
+        self._expect(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """The sequence gives up its row and its blocks."""
         assert sequence.row is not None
+        self._forget(sequence)
         self.running.remove(sequence)
         self._free_rows.append(sequence.row)
         self._blocks.release(sequence.blocks)
@@ -48,7 +57,7 @@ class Places:
         sequence.adapter.running -= 1
 
     def grow(self, sequence: Sequence, stop: int) -> bool:
-        """Gives a running sequence the blocks for its positions up to `stop`. False: there are not enough."""
+        """Gives a running sequence the blocks for its next chunk, which ends at `stop`. False: there are not enough."""
         missing = self._count_blocks(stop) - len(sequence.blocks)
         if missing > 0:
             new_blocks = self._blocks.allocate(missing)
@@ -56,6 +65,7 @@ class Places:
                 return False
             sequence.blocks += new_blocks
             self._shares.hold(sequence, new_blocks)
+        self._expect(sequence, planned=True)
         return True
 
     def has_room(self, head: Sequence, planned: Collection[Sequence] = ()) -> bool:
@@ -66,8 +76,11 @@ class Places:
         """How many blocks more it needs to start than running ones leave."""
         hit = self._prefixes.find(head)
         needed = self._count_blocks(len(head.tokens)) - len(hit) + self._blocks.count_idle(hit)
-        claimed = sum(self.claim(running, running in planned) - len(running.blocks) for running in self.running)
-        return needed + claimed - self._blocks.available
+        if self._expected is None:
+            self._expected, self._expected_blocks = {}, 0
+            for running in self.running:
+                self._expect(running, running in planned)
+        return needed + self._expected_blocks - self._blocks.available
 
     def claim(self, running: Sequence, planned: bool = False) -> int:
         """How many blocks the sequence has or needs: for its prompt, and if it is not planned yet, its next chunk."""
@@ -88,6 +101,17 @@ class Places:
     def youngest_exceeding(self) -> Sequence | None:
         """The youngest sequence of a tenant that holds more blocks than its share."""
         return next((s for s in reversed(self.running) if self._shares.exceeded(s)), None)
+
+    def _expect(self, running: Sequence, planned: bool = False) -> None:
+        if self._expected is not None:
+            self._forget(running)
+            if blocks := self.claim(running, planned) - len(running.blocks):
+                self._expected[running] = blocks
+                self._expected_blocks += blocks
+
+    def _forget(self, running: Sequence) -> None:
+        if self._expected:
+            self._expected_blocks -= self._expected.pop(running, 0)
 
     def _count_blocks(self, positions: int) -> int:
         return -(-positions // self._block_size)

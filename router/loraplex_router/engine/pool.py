@@ -1,6 +1,7 @@
 """Which adapters are staged in host memory and which hold a slot on the device. Pure bookkeeping, no transport."""
 
 import sys
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 
@@ -25,6 +26,7 @@ class AdapterPool:
         self._host_bytes = host_bytes
         self._room = self.device_bytes  # less for a while after the device had less
         self._staged: OrderedDict[str, Adapter] = OrderedDict()
+        self._sizes: list[int] = []  # on the device, of those that are staged, smallest first
         self._on_device: OrderedDict[str, Adapter] = OrderedDict()
         self._evicted: set[Adapter] = set()  # of those on the device
         self._pinned: dict[str, Adapter] = {}
@@ -57,7 +59,7 @@ class AdapterPool:
         """Whether a slot is free, or held by an adapter that nobody uses, waits for or pinned, and memory for the
         largest adapter as well."""
         kept = [adapter for adapter in self._on_device.values() if adapter.needed or adapter.pinned]
-        largest = max((adapter.device_bytes for adapter in self), default=0)
+        largest = self._sizes[-1] if self._sizes else 0
         return len(kept) < self.slots and _size(kept) + largest <= self._room
 
     def check_room(self, staged: StagedAdapter) -> None:
@@ -73,6 +75,7 @@ class AdapterPool:
         """Adds a staged adapter, or returns the one already here."""
         if digest not in self._staged:
             self._staged[digest] = Adapter(digest, lora_rank, size_bytes, device_bytes)
+            insort(self._sizes, device_bytes)
         self.touch(self._staged[digest])
         return self._staged[digest]
 
@@ -189,6 +192,7 @@ class AdapterPool:
         assert not adapter.needed
         self.unpin(adapter)
         del self._staged[adapter.digest]
+        del self._sizes[bisect_left(self._sizes, adapter.device_bytes)]
 
 
 def _size(adapters: Iterable[Adapter]) -> int:

@@ -22,6 +22,7 @@ wait for one. In the meantime they wait with their rows and blocks, but give up 
 Suspects (see suspects.py) are computed in plans of their own, which alternate with the other plans.
 """
 
+import heapq
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -164,6 +165,8 @@ class Scheduler:
         """The next plan, or None if there is nothing to compute. It counts as executed from now on: later plans follow
         it on every rank. `background`: whether it may be for background sequences."""
         self._slots.begin_plan()
+        self._places.begin_plan()
+        self._turns.begin_anew()
         for alone in (not self._alone, self._alone):
             if plan := self._plan_alone() if alone else self._plan_together(background):
                 self._alone = alone
@@ -174,7 +177,7 @@ class Scheduler:
         may_start, passed, taker = self._yield_places()
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
-        firsts: dict[Payer, Sequence] = {}  # whose first token comes with the plan, one of each payer
+        firsts: list[tuple[float, int, Sequence]] = []  # those whose first token comes with the plan: see _makes_way
         budget, started = self._limits.max_batch_tokens, 0
         running = (
             [sequence for sequence in self._places.running if not sequence.suspect]
@@ -218,13 +221,15 @@ class Scheduler:
                 break
             budget -= self._extend(sequence, remaining, budget, chunks)
             if not sequence.output_length and sequence.computed == len(sequence.tokens):
-                firsts[sequence.payer] = sequence
+                heapq.heappush(firsts, (self._shares.of(sequence).next_place, sequence.number, sequence))
         return self._plan(starts, chunks) if chunks else None
 
-    def _makes_way(self, sequence: Sequence, firsts: dict[Payer, Sequence]) -> bool:
+    def _makes_way(self, sequence: Sequence, firsts: list[tuple[float, int, Sequence]]) -> bool:
         """Whether its prompt has to wait for the next step, so that the first tokens of others, who have much less,
-        come sooner."""
-        return any(self._shares.has_much_more(sequence, first) for first in firsts.values())
+        come sooner. `firsts`: a heap of these, by what their tenants have; in the meantime they may have more."""
+        while firsts and firsts[0][0] < (now := self._shares.of(firsts[0][-1]).next_place):
+            heapq.heapreplace(firsts, (now, *firsts[0][1:]))
+        return bool(firsts) and self._shares.has_much_more(sequence, firsts[0][-1])
 
     def _has_foreground(self, may_start: bool, passed: Payer | None) -> bool:
         """Whether the next plan is not for background sequences."""
@@ -349,15 +354,18 @@ class Scheduler:
         sequence.attempts += 1
         if not sequence.output_length:
             sequence.prefix_hit = sequence.computed
-        self._slots.started(sequence.adapter)
+        if self._slots.started(sequence.adapter):
+            self._turns.begin_anew()
 
     def _leave(self, sequence: Sequence) -> None:
         self._places.leave(sequence)
         self._shares.stop_running(sequence)
+        self._turns.begin_anew()
 
     def _enqueue(self, sequence: Sequence) -> None:
         self._shares.wait(sequence)
         self._queues.add(sequence)
+        self._turns.begin_anew()
 
 
 def _cost(sequence: Sequence) -> float:

@@ -49,10 +49,11 @@ class Slots:
             self._startable = [adapter for adapter in (self._adapters.base, *self._entitled()) if adapter.ready]
         return [adapter for adapter in self._startable if adapter.waiting]
 
-    def started(self, adapter: Adapter) -> None:
-        """It has started a sequence."""
-        if self._entitlement.started(adapter):
+    def started(self, adapter: Adapter) -> bool:
+        """It has started a sequence. Returns whether others may be startable now."""
+        if over := self._entitlement.started(adapter):
             self._startable = None
+        return over
 
     def change(self) -> SlotChanges:
         """See Scheduler.change_slots."""

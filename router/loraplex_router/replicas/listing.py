@@ -117,10 +117,15 @@ class Listing:
         names: dict[str, set[str]] = {}
         for entry in entries:
             names.setdefault(entry.digest, set()).add(entry.id)
+        hidden = {
+            digest: [id for id in ids if not visible(self._registry.bare(id))]
+            for digest, ids in names.items()
+            if len(ids) > 1
+        }
         for entry in entries:
-            key, others = (entry.id, entry.source, entry.revision), names[entry.digest] - {entry.id}
-            private = not all(visible(self._registry.bare(name)) for name in others)
-            yield Line(key, self._registry.bare(entry.id), partial(self._status, entry, bool(others), private))
+            key, shared = (entry.id, entry.source, entry.revision), entry.digest in hidden
+            private = shared and any(id != entry.id for id in hidden[entry.digest])
+            yield Line(key, self._registry.bare(entry.id), partial(self._status, entry, shared, private))
 
     async def _fetches(self) -> Fetches:
         """How far the fetches of all replicas are; of an adapter that several fetch, one of them."""
