@@ -22,8 +22,14 @@ from tests.router.fake_ranks import ROOM, Ranks
 from tests.router.test_engine import Setup
 
 A, B, C, D = (AdapterReference(name) for name in "abcd")
-MERGED = [MergedReference((A, B)), MergedReference((A, B), (1.0, 1.0)), MergedReference((C, D))]
-CHOICES = [(None,), (A,), (B,), (C,), (D,), (A, C), (D, A), (A, B, C), *((each,) for each in MERGED)]
+U = AdapterReference("u")
+MERGED = [
+    MergedReference((A, B)),
+    MergedReference((A, B), (1.0, 1.0)),
+    MergedReference((C, D)),
+    MergedReference((A, U)),
+]
+CHOICES = [(None,), (A,), (B,), (C,), (D,), (A, C), (U,), (U, B), (D, A), (A, B, C), *((each,) for each in MERGED)]
 
 
 class Churn(Setup):
@@ -70,7 +76,13 @@ class Churn(Setup):
         named = {"adapter": adapters[0]} if len(adapters) == 1 else {"adapters": adapters}
         tokens = self.chance.randint(1, 12)
         prompt = tuple(range(self.chance.randint(1, 12)))
-        request = Request(prompt=prompt, max_new_tokens=tokens, n=self.chance.choice((1, 1, 2)), **named)
+        request = Request(
+            prompt=prompt,
+            max_new_tokens=tokens,
+            n=self.chance.choice((1, 1, 2)),
+            background=self.chance.random() < 0.2,
+            **named,
+        )
         generations = await self.service.generate_each(request)
         try:
             for generation in generations:
@@ -87,14 +99,14 @@ class Churn(Setup):
 
     def unload(self) -> None:
         wait = self.chance.random() < 0.7
-        self.begin(self.administration.unload(self.chance.choice((A, B, C, D)), wait))
+        self.begin(self.administration.unload(self.chance.choice((A, B, C, D, U)), wait))
 
     def pin(self) -> None:
-        self.begin(self.administration.pin(self.chance.choice((A, B, C, D))))
+        self.begin(self.administration.pin(self.chance.choice((A, B, C, D, U))))
 
     def unpin(self) -> None:
         with suppress(AdapterNotFoundError):
-            self.administration.unpin(self.chance.choice((A, B, C, D)))
+            self.administration.unpin(self.chance.choice((A, B, C, D, U)))
 
     def upload(self) -> None:
         self.begin(self._upload())
@@ -106,7 +118,7 @@ class Churn(Setup):
             await self.uploads.put(announced, {"adapter_model.safetensors": memoryview(content.encode())})
 
     def read_again(self) -> None:
-        self.begin(self.administration.load(self.chance.choice((A, B, C, D))))
+        self.begin(self.administration.load(self.chance.choice((A, B, C, D, U))))
 
     def join(self) -> None:
         self.joined += 1

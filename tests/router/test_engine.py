@@ -303,6 +303,22 @@ async def test_an_adapter_that_leaves_host_memory_gives_its_slot_to_one_that_wai
     task.cancel()
 
 
+async def test_an_adapter_that_is_about_to_leave_gives_its_slot_to_those_whose_turn_comes_before():
+    setup = Setup(slots=1)
+    task = asyncio.create_task(setup.engine.run())
+    await setup.answer(1, adapter="a")
+    background = asyncio.create_task(setup.answer(1, adapter="a", background=True))
+    adapter = setup.pool.get("digest of a")
+    while not adapter.waiting:
+        await asyncio.sleep(0)
+    leaving = asyncio.create_task(setup.replica.adapters.unload(adapter))
+    async with asyncio.timeout(60):
+        assert len(await setup.answer(1, adapter="b")) == len(await background) == 5
+        await leaving
+    assert setup.pool.get("digest of a") is None
+    task.cancel()
+
+
 async def test_an_adapter_that_many_requests_wait_for_is_staged_once(setup: Setup):
     await asyncio.gather(*(setup.answer(1, adapter="a") for _ in range(8)))
     assert setup.shards.log.count("stage a") == 1

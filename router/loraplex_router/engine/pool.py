@@ -135,7 +135,9 @@ class AdapterPool:
         or memory. The caller must unload them, then release their slots."""
         evicted = []
         for idle in self.on_device():
-            if idle.ready and not (idle.in_use or idle.pinned or idle.leaving or idle in keep) and self.lacks(adapters):
+            kept = idle.in_use or idle.pinned or idle in keep
+            goes_by_itself = idle.leaving and not idle.wanted  # its slot, too
+            if idle.ready and not (kept or goes_by_itself) and self.lacks(adapters):
                 idle.ready = False
                 self._evicted.add(idle)
                 evicted.append(idle)
