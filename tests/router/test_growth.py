@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loraplex_protos.errors import OverloadedError
-from loraplex_router.adapters.resolutions import Entry
+from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.fair_slots import FairSlots
 from loraplex_router.replicas.listing import Line
@@ -176,3 +176,35 @@ async def test_who_does_not_see_all_names_of_a_content_is_not_told_when_it_was_u
     for hidden, told in (("", ["a", "b", "c"]), ("a", ["a"]), ("b", ["b"])):
         lines = setup.administration.listing._loaded(lambda name, hidden=hidden: name != hidden)
         assert [line.id for line in lines if (status := line.status()) and status.HasField("last_used")] == told
+
+
+async def test_requests_that_come_while_many_move_cost_as_much_each_as_when_few_do() -> None:
+    async def arrive(size: int) -> int:
+        setup = Setup(max_queue=10 * size)
+        waiting = [await setup.service.generate(Request(prompt=(1,), n=2)) for _ in range(size)]
+        setup.replicas.remove(setup.replica)
+        replicas = setup.replicas
+        assert replicas.num_waiting == replicas.waiting_by_tenant().total() == 2 * size
+        count = count_lines(lambda: [replicas.num_waiting for _ in range(size)])
+        for generation in waiting:
+            setup.service.requests.close(generation)
+        assert replicas.num_waiting == 0 == len(replicas.waiting_by_tenant())
+        return count
+
+    assert await arrive(500) < 15 * await arrive(50)
+
+
+def test_what_a_content_is_called_costs_as_much_beside_many_others() -> None:
+    def look(size: int) -> None:
+        resolutions = Resolutions()
+        for number in range(size):
+            for id in (f"a{number}", f"b{number}"):
+                resolutions.remember(AdapterReference(id), Entry(id, "local", "", str(number)))
+        for number in range(size):
+            assert resolutions.names(str(number)) == {f"a{number}", f"b{number}"}
+            resolutions.forget(str(number), f"a{number}")
+            assert [entry.id for entry in resolutions.of(str(number))] == [f"b{number}"]
+            resolutions.forget(str(number))
+        assert not list(resolutions) and not resolutions.of("0")
+
+    assert grows_as_its_size(look)

@@ -5,7 +5,7 @@ Does not know where an adapter is.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from loraplex_router.vocabulary.references import (
@@ -35,6 +35,7 @@ class Resolutions:
 
     def __init__(self) -> None:
         self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._keys: dict[str, dict[str, Entry]] = {}  # the same by digest, and by key
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
@@ -66,16 +67,28 @@ class Resolutions:
     def remember(self, reference: Reference, entry: Entry) -> None:
         # A merged adapter is found through its parts; its entry only names it in listings.
         key = entry.digest if isinstance(reference, MergedReference) else key_of(reference)
+        self._drop(key)
         self._entries[key] = entry
-        self._entries.move_to_end(key)
+        self._keys.setdefault(entry.digest, {})[key] = entry
         if len(self._entries) > MAX_ENTRIES:
-            self._entries.popitem(last=False)
+            self._drop(next(iter(self._entries)))
+
+    def of(self, digest: str) -> Collection[Entry]:
+        """The entries of this content."""
+        return self._keys.get(digest, {}).values()
 
     def names(self, digest: str) -> set[str]:
         """The ids of this content."""
-        return {entry.id for entry in self._entries.values() if entry.digest == digest}
+        return {entry.id for entry in self.of(digest)}
 
     def forget(self, digest: str, id: str | None = None) -> None:
         """Has references to this content resolved anew; with `id`, only those with that id."""
-        kept = ((k, e) for k, e in self._entries.items() if e.digest != digest or (id is not None and e.id != id))
-        self._entries = OrderedDict(kept)
+        for key, entry in list(self._keys.get(digest, {}).items()):
+            if id in (None, entry.id):
+                self._drop(key)
+
+    def _drop(self, key: str) -> None:
+        if entry := self._entries.pop(key, None):
+            del self._keys[entry.digest][key]
+            if not self._keys[entry.digest]:
+                del self._keys[entry.digest]

@@ -222,7 +222,7 @@ class Listing:
         if isinstance(name, AdapterReference):
             entry = self._resolutions.entry(name)
         else:
-            entry = next((entry for entry in self._resolutions if entry.digest == name), None)
+            entry = next(iter(self._resolutions.of(name)), None)
         status = self._status(entry, len(self._resolutions.names(entry.digest)) > 1) if entry else None
         if status is None:
             raise AdapterNotFoundError(f"adapter {shown(name)} is not loaded")

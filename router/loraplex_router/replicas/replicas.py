@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Self
+from typing import NamedTuple, Self
 
 from loraplex_protos.errors import (
     AdapterSourceError,
@@ -37,6 +37,11 @@ GIVEN_UP = "{} replicas failed while working on this request, so it was ended: d
 logger = logging.getLogger(__name__)
 
 
+class _Move(NamedTuple):
+    task: asyncio.Task[None]
+    sequences: int  # that are moved
+
+
 class Replicas:
     """All live replicas. `move_seconds`: how long a generation without a replica, or a request that arrives meanwhile,
     waits for one."""
@@ -45,7 +50,8 @@ class Replicas:
         self._observer = observer
         self._move_seconds = move_seconds
         self._replicas: dict[str, Replica] = {}  # by name
-        self._moving: dict[Generation, asyncio.Task[None]] = {}
+        self._moving: dict[Generation, _Move] = {}
+        self._num_moving = Counter[str]()  # sequences, by the tenants' names
         self._last_lost: float | None = None  # since when no replica accepts new sequences, by time.monotonic
         self.changes = Changes()
         self.version = 0  # increases when a replica joins, leaves, or starts or stops accepting sequences
@@ -62,12 +68,11 @@ class Replicas:
     @property
     def num_waiting(self) -> int:
         """Number of sequences that are queued or without a replica."""
-        moving = sum(len(generation.unfinished) for generation in self._moving)
-        return moving + sum(replica.scheduler.num_waiting for replica in self)
+        return self._num_moving.total() + sum(replica.scheduler.num_waiting for replica in self)
 
     def waiting_by_tenant(self) -> Counter[str]:
         """The same, by the tenants' names."""
-        waiting = Counter(output.sequence.tenant for generation in self._moving for output in generation.unfinished)
+        waiting = self._num_moving.copy()
         for replica in self:
             waiting.update(replica.scheduler.waiting_by_tenant())
         return waiting
@@ -214,8 +219,7 @@ class Replicas:
         """Ends its unfinished sequences; their blocks are free by the next step. Does nothing if it has ended."""
         for replica in self:
             replica.engine.cancel(generation)
-        if task := self._moving.pop(generation, None):
-            task.cancel()
+        if self._end_move(generation):
             generation.cancel()
             self._observer.ended(generation)
 
@@ -223,8 +227,7 @@ class Replicas:
         """Ends it with an error. Does nothing if it has ended."""
         for replica in self:
             replica.engine.fail(generation, error)
-        if task := self._moving.pop(generation, None):
-            task.cancel()
+        if self._end_move(generation):
             self._fail(generation, error)
 
     def fail_all(self, error: LoraplexError) -> None:
@@ -232,17 +235,29 @@ class Replicas:
         for replica in self:
             for generation in replica.engine.release(started=True):
                 self._fail(generation, error)
-        for generation, task in list(self._moving.items()):
-            task.cancel()
+        for generation in list(self._moving):
+            self._end_move(generation)
             self._fail(generation, error)
-        self._moving.clear()
 
     # ---- from a lost replica to another ------------------------------------------------------------------------
 
     def move(self, generations: Iterable[Generation]) -> None:
         """Continues the generations on other replicas."""
         for generation in generations:
-            self._moving[generation] = asyncio.create_task(self._move(generation))
+            unfinished = len(generation.unfinished)
+            self._moving[generation] = _Move(asyncio.create_task(self._move(generation)), unfinished)
+            self._num_moving[generation.tenant] += unfinished
+
+    def _end_move(self, generation: Generation, cancel: bool = True) -> bool:
+        """Returns whether it was moving."""
+        if (move := self._moving.pop(generation, None)) is None:
+            return False
+        self._num_moving[generation.tenant] -= move.sequences
+        if not self._num_moving[generation.tenant]:
+            del self._num_moving[generation.tenant]
+        if cancel:
+            move.task.cancel()
+        return True
 
     def _acquit_all(self) -> None:
         """Clears all suspects, once the culprit is found."""
@@ -262,7 +277,7 @@ class Replicas:
             with lease:
                 generation.restart(lease.adapter)
                 lease.replica.engine.submit(generation)
-        del self._moving[generation]
+        self._end_move(generation, cancel=False)
         self.changes.notify()
 
     async def _place_again(self, generation: Generation) -> "Lease":
