@@ -22,6 +22,7 @@ from loraplex_protos.generation_pb2_grpc import (
 )
 from loraplex_router.access.keys import Keys
 from loraplex_router.api.chats import create_reader, read_chat
+from loraplex_router.api.descriptors import most_grpc_connections
 from loraplex_router.api.message_limits import MessageLimits, key_of
 from loraplex_router.api.pooled import (
     read_classify_request,
@@ -54,6 +55,10 @@ SERVER_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),  # no limit: an answer may take long to begin
     # Clients connect anew every ten minutes, without harm to calls in progress: only then do they look for new routers.
     ("grpc.max_connection_age_ms", 600_000),
+    # What can be kept open without a call that goes on.
+    ("grpc.max_connection_idle_ms", 120_000),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_concurrent_streams", 1000),  # of a connection; clients let further calls wait
     ("grpc.so_reuseport", 0),  # a second server on the same port is an error, not a lottery
 )
 
@@ -223,7 +228,11 @@ class GrpcServer:
         self._credentials = credentials
         service = pb.DESCRIPTOR.services_by_name["GenerationService"]
         limits = MessageLimits(service, _answering, keys, max_message)
-        options = *SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message)
+        options = (
+            *SERVER_OPTIONS,
+            ("grpc.max_receive_message_length", max_message),
+            ("grpc.max_allowed_incoming_connections", most_grpc_connections()),
+        )
         self._server = grpc.aio.server(options=options, interceptors=(*interceptors, limits))
         self._health = health.aio.HealthServicer()
         add_GenerationServiceServicer_to_server(api, self._server)

@@ -9,6 +9,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from loraplex_protos.tcp import keep_alive
+from loraplex_router.api.descriptors import IdleConnections
 
 # Before a request. Load balancers keep connections for up to ten minutes (Google's 600 s, nginx's and AWS's 60 s). If
 # the server closed one first, a request that was just being sent on it would be answered with a 502.
@@ -30,6 +31,7 @@ TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\
 class Connection(HttpToolsProtocol):
     """Closes connections that take too long or send too much."""
 
+    idle = IdleConnections()  # of the process, whose descriptors they take
     _late: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
     _in_headers = True
@@ -43,11 +45,14 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         keep_alive(transport.get_extra_info("socket"), SILENCE_SECONDS)
+        self.idle.make_room(len(self.connections))
+        self.idle.add(transport)
         self._wait(IDLE_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         self._stop_watching()
+        self.idle.remove(self.transport)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -93,6 +98,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_headers = False
         self._stop_waiting()
+        self.idle.remove(self.transport)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -104,6 +110,8 @@ class Connection(HttpToolsProtocol):
         if self.cycle.more_body:
             self._wait(REST_SECONDS)
         super().on_response_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self.idle.add(self.transport)
 
     def send_400_response(self, msg: str) -> None:
         super().send_400_response(TOO_MANY if len(self.pipeline) >= MAX_PIPELINED else msg)
