@@ -14,7 +14,7 @@ from loraplex_router.text.detokenizer import Detokenizer
 from loraplex_router.text.fill_in_middle import encode_around
 from loraplex_router.text.pieces import Piece, read_pieces
 from loraplex_router.text.stops import StopMatcher
-from loraplex_router.text.tokenizer import LONG_TEXT, Tokenizer
+from loraplex_router.text.tokenizer import LONG_TEXT, MANY_TOKENS, Tokenizer
 from loraplex_router.vocabulary.chat import RenderedChat
 from tests.router.tiny_tokenizers import byte_tokenizer
 
@@ -160,3 +160,18 @@ async def test_however_many_long_texts_a_tenant_sends_those_of_others_are_tokeni
     for task in flood:
         task.cancel()
     await asyncio.gather(*flood, return_exceptions=True)
+
+
+async def test_however_many_token_ids_and_bad_words_a_tenant_sends_those_of_others_come_soon() -> None:
+    many, done = await ids("a" * 2 * MANY_TOKENS), list[str]()
+
+    async def work(tenant: str) -> None:
+        await TOKENIZER.decode_verbatim(many, tenant=tenant)
+        await TOKENIZER.spellings(["a"], tenant=tenant)
+        done.append(tenant)
+
+    flood = [asyncio.create_task(work("flood")) for _ in range(100)]
+    await asyncio.sleep(0)
+    await work("other")
+    assert len(done) < 20
+    await asyncio.gather(*flood)

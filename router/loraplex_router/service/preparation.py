@@ -115,7 +115,7 @@ class Preparation:
             arrival.request_id, request.adapter, adapter, arrival.arrived, validated, tenant.name, nonce
         )
         generation.warnings = request.warnings + lease.warnings
-        bad_words = await tokenizer.spellings(request.bad_words)
+        bad_words = await tokenizer.spellings(request.bad_words, tenant=tenant.name)
         sequences = make_sequences(request, self._arrivals, prompt, room, text, adapter, tenant, model, bad_words)
         self._arrivals += len(sequences)
         if sequences[0].acts_from == NEVER:

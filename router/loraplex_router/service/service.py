@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import Literal
 
 from loraplex_protos import generation_pb2 as pb
-from loraplex_protos.errors import UnauthenticatedError, UnavailableError
+from loraplex_protos.errors import FieldViolation, InvalidRequestError, UnauthenticatedError, UnavailableError
 from loraplex_router.access.audit import audited
 from loraplex_router.access.keys import Keys
 from loraplex_router.access.shared_limits import SharedLimits
@@ -244,6 +244,17 @@ class Service:
             tokenizer, _ = await self._tokenizer_for(adapter, tenant, session)
             return await tokenizer.spans(prompt, add_special_tokens, tenant=tenant.name)
 
+    async def detokenize(
+        self, tokens: list[int], adapter: AdapterReference | None, key: str | None = None, session: str = ""
+    ) -> str:
+        """The text of token ids, with special tokens. An adapter may have tokens of its own."""
+        tenant = self.keys.tenant(key)
+        with self.requests.preparing(tenant):
+            tokenizer, vocab_size = await self._tokenizer_for(adapter, tenant, session)
+            if max(tokens, default=0) >= vocab_size:
+                raise InvalidRequestError(FieldViolation("tokens", f"every id must be below {vocab_size}"))
+            return await tokenizer.decode_verbatim(tokens, tenant=tenant.name)
+
     async def classifier(
         self, adapter: AdapterReference | None, key: str | None = None, session: str = ""
     ) -> pb.Classifier | None:
@@ -254,15 +265,17 @@ class Service:
 
     async def tokenizer_for(
         self, adapter: AdapterReference | None, key: str | None = None, session: str = ""
-    ) -> tuple[Tokenizer, int]:
-        """The tokenizer for the adapter's prompts and answers, and how many tokens there are."""
+    ) -> Tokenizer:
+        """The tokenizer for the adapter's prompts and answers."""
         tenant = self.keys.tenant(key)
         with self.requests.preparing(tenant):
-            return await self._tokenizer_for(adapter, tenant, session)
+            tokenizer, _ = await self._tokenizer_for(adapter, tenant, session)
+            return tokenizer
 
     async def _tokenizer_for(
         self, adapter: AdapterReference | None, tenant: Tenant, session: str
     ) -> tuple[Tokenizer, int]:
+        """And how many tokens there are."""
         if adapter is None:
             return self.tokenizer, self.info.vocab_size
         with await self._place(adapter, tenant, session) as lease:

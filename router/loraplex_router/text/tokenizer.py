@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
+from typing import TypeVar
 
 import tokenizers
 
@@ -21,8 +22,10 @@ from loraplex_router.vocabulary.chat import RenderedChat, TextPair
 LONG_TEXT = 2000  # characters; tokenizing more than this at once would delay other streams
 MANY_TOKENS = 2000  # decoding more than this at once would also delay them
 
+T = TypeVar("T")
+
 _THREADS = ThreadPoolExecutor(2, "tokenizer")  # for long texts: one piece of each in turn
-_TURNS = FairSlots(4)  # for pieces: however many texts a tenant sends, few pieces go before another one's
+_TURNS = FairSlots(4)  # for these threads: however much a tenant sends, few pieces go before another one's
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +111,14 @@ class Tokenizer:
             query, document = query[:kept_of_query], document[:kept_of_document]
         return [*before, *query, *between, *document, *behind]
 
-    async def spellings(self, words: Sequence[str]) -> list[list[int]]:
+    async def spellings(self, words: Sequence[str], *, tenant: str = "") -> list[list[int]]:
         """The words' tokens: of each where it begins a text and, if these are as many, where a space is before it, as
-        vLLM has bad words. Tokenized on a thread, without the interpreter's lock."""
+        vLLM has bad words."""
         if not words:
             return []
         texts = [space + word.lstrip() for word in words for space in ("", " ")]
         encode = partial(self._tokenizer.encode_batch, texts, add_special_tokens=False)
-        encoded = await asyncio.get_running_loop().run_in_executor(_THREADS, encode)
+        encoded = await _on_thread(encode, tenant)
         found = list[list[int]]()
         for plain, spaced in zip(encoded[::2], encoded[1::2], strict=True):
             differs = spaced.ids[:1] != plain.ids[:1] and len(spaced.ids) == len(plain.ids)
@@ -135,18 +138,12 @@ class Tokenizer:
         return spans
 
     async def _read(self, text: str, add_special_tokens: bool, tenant: str) -> AsyncIterator[Piece]:
-        """A text's pieces. Each is tokenized on a thread, without the interpreter's lock, when it is the tenant's
-        turn."""
+        """A text's pieces, each tokenized on a thread."""
         before, behind = self._added if add_special_tokens else ([], [])
         yield _nowhere(before)
         pieces = read_pieces(self._tokenizer, text)
-        loop = asyncio.get_running_loop()
         try:
-            while True:
-                async with _TURNS.taken(tenant):
-                    piece = await loop.run_in_executor(_THREADS, next, pieces, None)
-                if piece is None:
-                    break
+            while piece := await _on_thread(partial(next, pieces, None), tenant):
                 yield piece
         except IndivisibleError:
             reason = f"has {LARGEST} characters in a row that cannot be tokenized apart from each other"
@@ -177,12 +174,12 @@ class Tokenizer:
         """The text of a special token; empty for others."""
         return self.token_text(token) if token in self._special_tokens else ""
 
-    async def decode_verbatim(self, ids: list[int]) -> str:
+    async def decode_verbatim(self, ids: list[int], *, tenant: str = "") -> str:
         """The text of any number of token ids, with special tokens."""
         if len(ids) < MANY_TOKENS:
             return self.verbatim.decode(ids)
         decode = partial(self._tokenizer.decode_batch, skip_special_tokens=False)
-        (text,) = await asyncio.get_running_loop().run_in_executor(_THREADS, decode, [ids])
+        (text,) = await _on_thread(partial(decode, [ids]), tenant)
         return str(text)
 
     @property
@@ -282,6 +279,12 @@ class _Verbatim:
 
     def hidden_text(self, token: int) -> str:
         return self.token_text(token) if token in self._hidden else ""
+
+
+async def _on_thread(work: Callable[[], T], tenant: str) -> T:
+    """Does it on a thread, without the interpreter's lock, when it is the tenant's turn."""
+    async with _TURNS.taken(tenant):
+        return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
 
 
 def _nowhere(ids: list[int]) -> Piece:

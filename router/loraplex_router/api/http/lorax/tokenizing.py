@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
-from loraplex_protos.errors import FieldViolation, InvalidRequestError
+from loraplex_protos.errors import InvalidRequestError
 from loraplex_router.api.http.call import Call
 from loraplex_router.api.http.conversation import Conversation, read_conversation
 from loraplex_router.api.http.errors import LORAX_ERRORS, only, rename_fields
@@ -81,17 +81,19 @@ async def tokenize(body: LoraxTokenize | VllmTokenize | VllmTokenizeChat, call: 
         return StreamingResponse(write_list(tokens), media_type=JSON)
     names = None
     if body.return_token_strs:
-        names, _ = await _tokenizer(body.model, call)
+        with _vllms_names():
+            adapter = read_model_name(body.model, call.service.model_names)
+            names = await call.service.tokenizer_for(adapter, call.key, call.session)
     return StreamingResponse(_write_vllm(spans, call.service.info.max_model_len, names), media_type=JSON)
 
 
 @router.post("/detokenize", tags=["Operation"], responses={200: {"model": VllmText}, **ERRORS})
 async def detokenize(body: VllmDetokenize, call: Call) -> Response:
     """The text of token ids, with special tokens, as vLLM writes it."""
-    tokenizer, vocabulary = await _tokenizer(body.model, call)
-    if max(body.tokens, default=0) >= vocabulary:
-        raise InvalidRequestError(FieldViolation("tokens", f"every id must be below {vocabulary}"))
-    return JSONResponse({"prompt": await tokenizer.decode_verbatim(body.tokens)})
+    with _vllms_names():
+        adapter = read_model_name(body.model, call.service.model_names)
+        text = await call.service.detokenize(body.tokens, adapter, call.key, call.session)
+    return JSONResponse({"prompt": text})
 
 
 @router.get("/tokenizer_info", tags=["Operation"], responses={200: {"model": dict[str, Any]}, **only(ERRORS, 401, 503)})
@@ -105,12 +107,6 @@ async def tokenizer_info(call: Call) -> Response:
     shown = templates.by_name.get("default") if only_default else found
     info = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": call.service.info.max_model_len}
     return JSONResponse({**info, **templates.special_tokens, "chat_template": shown})
-
-
-async def _tokenizer(model: str, call: Call) -> tuple[Tokenizer, int]:
-    with _vllms_names():
-        adapter = read_model_name(model, call.service.model_names)
-        return await call.service.tokenizer_for(adapter, call.key, call.session)
 
 
 @contextmanager
