@@ -81,18 +81,20 @@ async def test_a_request_that_leaves_while_the_file_is_read_again_does_not_hide_
 ):
     here, there = routers
     await upload(here, b"one")
-    reading = asyncio.Event()
+    reading, left, reread = asyncio.Event(), asyncio.Event(), there.registry_file.reread
 
-    async def never() -> None:
+    async def read_late() -> None:
         reading.set()
-        await asyncio.Event().wait()
+        await left.wait()
+        await reread()
 
     with monkeypatch.context() as patch:
-        patch.setattr(there.registry_file, "reread", never)
+        patch.setattr(there.registry_file, "reread", read_late)
         leaving = asyncio.create_task(served(there, "policy"))
         await reading.wait()
         leaving.cancel()
         await asyncio.wait([leaving])
+        left.set()
     assert await served(there, "policy") == await served(here, "policy")
     write(path.parent, "adapters: {policy: {}}")
     await served(there, "not/registered")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from loraplex_protos.errors import (
     AdapterSourceError,
     ForbiddenError,
     InvalidRequestError,
+    UnavailableError,
 )
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_ALIAS as ALIAS
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_AVAILABLE as AVAILABLE
@@ -278,6 +280,39 @@ async def test_a_change_costs_the_event_loop_what_has_changed(tmp_path: Path, mo
     await file.look()
     assert len(reads) == 2 and registry.content.names.keys() - former.keys() == {"new"}
     assert all(registry.content.names[name] is former[name] for name in former)
+
+
+async def test_a_disk_that_hangs_keeps_only_those_waiting_who_ask_for_unknown_names_and_not_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_file, "WAIT_SECONDS", 0.05)
+    setup, goes_on = Setup(registry_file=write(tmp_path, "adapters: {old: {1: {id: a}}}")), threading.Event()
+    file, state = setup.registry_file, setup.registry_file._file.state
+    monkeypatch.setattr(file._file, "state", lambda: [goes_on.wait(60), state()][1])
+    write(tmp_path, "adapters: {old: {1: {id: a}}, new: {1: {id: b}}}")
+    try:
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(file.look() for _ in range(100)))
+            assert await asyncio.to_thread(lambda: 1) == 1  # others' threads are free
+            assert setup.registry.find("old") and not setup.registry.find("new")
+    finally:
+        goes_on.set()
+    async with asyncio.timeout(60):
+        while not setup.registry.find("new"):
+            await file.look()
+
+
+async def test_a_router_that_keeps_the_registry_locked_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_file, "LOCK_SECONDS", 0.1)
+    path = write(tmp_path, "adapters: {sql: {1: {id: a}}}")
+    adapters = Setup(registry_file=path).service.adapters
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UnavailableError, match="another router has kept the registry file locked"):
+            await adapters.set_alias("mine", {"sql": 100.0}, None)
+    await adapters.set_alias("mine", {"sql": 100.0}, None)
 
 
 def test_a_file_of_comments_is_an_empty_registry(tmp_path: Path) -> None:

@@ -2,10 +2,15 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 LOOK_SECONDS = 1.0
+
+T = TypeVar("T")
 
 
 class FollowedFile:
@@ -13,13 +18,18 @@ class FollowedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._thread = ThreadPoolExecutor(1, path.name)
         self.seen = self.state()
+
+    async def run(self, function: Callable[..., T], *arguments: object) -> T:
+        """Calls what opens the file, on a thread that nothing else waits for: its disk may hang."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *arguments))
 
     async def changes(self) -> AsyncIterator[None]:
         """Yields whenever the file has changed. Never ends."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            if (state := await asyncio.to_thread(self.state)) != self.seen:
+            if (state := await self.run(self.state)) != self.seen:
                 self.seen = state
                 yield
 

@@ -14,7 +14,6 @@ tenants:
     admin: true
 """
 
-import asyncio
 import logging
 from collections import Counter
 from pathlib import Path
@@ -77,7 +76,7 @@ class KeyFile:
 
     async def _reload(self) -> None:
         try:
-            self.keys.update(await asyncio.to_thread(read_tenants_beside, self._path))
+            self.keys.update(await self._file.run(read_tenants_beside, self._path))
         except KeyFileError as error:
             logger.error("keeping the previous API keys: %s", error)
         else:

@@ -5,9 +5,11 @@ import errno
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from loraplex_protos.errors import AdapterConflictError, ForbiddenError, UnavailableError
 from loraplex_router.access import followed_file
@@ -18,6 +20,9 @@ from loraplex_router.adapters.registry_content import RegistryFileError, faulty,
 from loraplex_router.adapters.registry_process import read_registry_beside
 from loraplex_router.adapters.upload_folder import UploadFolder
 from loraplex_router.vocabulary.references import AdapterReference, Version
+
+WAIT_SECONDS = 5.0  # for a look at the file; what is known is served without one
+LOCK_SECONDS, LOCK_PAUSE = 10.0, 0.01  # for other routers that change the file
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +45,7 @@ class RegistryFile:
         self._gone = gone
         self._known: tuple[tuple[int, ...], Registered] | None = None  # what the file said in a state of it
         self._changing, self._looking = asyncio.Lock(), asyncio.Lock()
+        self._next_look: asyncio.Task[None] | None = None  # which has not begun
         registry.update(self._read())
 
     Edit = Callable[[Registered], Registered]
@@ -52,7 +58,7 @@ class RegistryFile:
         on a full disk, AdapterConflictError while it is wrong.
         """
         async with self._changing:
-            state, content = await asyncio.to_thread(self._rewrite, edit)
+            state, content = await self._file.run(self._rewrite, edit)
             found = self._registry.update(content)
             self._file.seen = state  # only now: if this is cancelled, the file is looked at
             return found
@@ -61,7 +67,7 @@ class RegistryFile:
         path = self._path.resolve()
         try:
             with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                _lock(lock)
                 former = self._content()
                 changed = edit(former)
                 written = write_registry(changed, self._path.suffix == ".json").encode()
@@ -125,7 +131,7 @@ class RegistryFile:
     async def reread(self) -> None:
         """Takes up what the file says now. Raises RegistryFileError."""
         async with self._changing:
-            for version in self._registry.update(await asyncio.to_thread(self._read)):
+            for version in self._registry.update(await self._file.run(self._read)):
                 self._gone(version)
 
     async def follow(self) -> None:
@@ -135,9 +141,19 @@ class RegistryFile:
             await self.look()
 
     async def look(self) -> None:
-        """Takes up what the file says, if it has changed. Keeps the old content while the file is invalid."""
+        """Takes up what the file says, if it has changed. Keeps the old content while the file is invalid, and does not
+        wait for long if its disk hangs."""
+        if self._next_look is None:
+            self._next_look = asyncio.create_task(self._look())
+        looking = self._next_look
+        await asyncio.wait([looking], timeout=WAIT_SECONDS)
+        if looking.done():
+            looking.result()
+
+    async def _look(self) -> None:
         async with self._looking:  # so that nobody finds the old content while somebody else takes up the new one
-            state = await asyncio.to_thread(self._file.state)
+            self._next_look = None  # whoever comes now may have to find what is written later
+            state = await self._file.run(self._file.state)
             if state == self._file.seen:
                 return
             try:
@@ -146,7 +162,20 @@ class RegistryFile:
             except RegistryFileError as error:
                 self._registry.fault = error.message
                 logger.error("keeping the previous adapter registry: %s", error)
-            self._file.seen = state  # only now, since a request that looks may be cancelled
+            self._file.seen = state
+
+
+def _lock(file: IO[str]) -> None:
+    """Waits until no other router changes the registry. Raises UnavailableError if one does not end."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                why = f"another router has kept the registry file locked for {LOCK_SECONDS:g} seconds: try again"
+                raise UnavailableError(why) from None
+            time.sleep(LOCK_PAUSE)
 
 
 def _uploads(content: Registered) -> set[str]:

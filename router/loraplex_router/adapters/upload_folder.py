@@ -4,17 +4,19 @@ An upload is ID.tar, an archive of its files. It is complete before the registry
 version there is of it any more.
 """
 
+import asyncio
 import os
 import re
 import tarfile
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, TypeVar
 
 from loraplex_protos.errors import AdapterSourceError, OverloadedError
 from loraplex_router.access.replaced_file import replace_file
@@ -22,17 +24,24 @@ from loraplex_router.vocabulary.references import Upload
 
 FORGOTTEN_SECONDS = 3600.0  # after which an upload that no version ever named, since its router died, is deleted
 PART = 1 << 24  # bytes read at a time
+T = TypeVar("T")
+
 _NAME = re.compile(r"[0-9a-f]{32}\.tar|\.[0-9a-f]{32}\.tar\.new")
 
 
 class UploadFolder:
-    """Blocks while it reads and writes: call it in a thread."""
+    """Blocks while it reads and writes: call it with `run`."""
 
     def __init__(self, path: Path, most_bytes: int) -> None:
         """`most_bytes`: of all uploads together. The folder is made for the first one."""
         self.path = path
         self._most = most_bytes
+        self._threads = ThreadPoolExecutor(4, "uploads")
         self._opened = weakref.WeakValueDictionary[str, Upload]()
+
+    async def run(self, function: Callable[..., T], *arguments: object) -> T:
+        """Calls a function on a thread that only uploads wait for: the folder's disk may hang."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments))
 
     def check_room(self, size: int) -> None:
         """Raises OverloadedError if there is no room for an upload."""

@@ -36,7 +36,7 @@ class Tls:
 
     async def _reload(self) -> bool:
         try:
-            await asyncio.to_thread(self._load, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+            await self._file.run(self._load, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
             self._load(self.context)  # which connections use meanwhile
         except OSError as error:
             logger.error("keeping the previous certificate: %s", error)

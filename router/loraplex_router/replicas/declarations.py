@@ -1,7 +1,6 @@
 """Changes of the registry file through the API: versions, uploads, aliases, and their removal, each by
 compare-and-swap."""
 
-import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -55,7 +54,8 @@ class Declarations:
 
     async def check_room(self, size: int) -> None:
         """Raises OverloadedError if there is no room to keep an upload."""
-        await asyncio.to_thread(self._writable().uploads.check_room, size)
+        folder = self._writable().uploads
+        await folder.run(folder.check_room, size)
 
     async def add_upload(self, upload: Version, expected_version: int | None) -> None:
         """Keeps an upload as the newest version of its name. The upload before it is forgotten, unless an alias stands
@@ -63,7 +63,7 @@ class Declarations:
         name, folder = upload.name, self._writable().uploads
         assert isinstance(upload.origin, Upload)
         try:
-            kept = replace(upload, origin=await asyncio.to_thread(folder.add, upload.origin))
+            kept = replace(upload, origin=await folder.run(folder.add, upload.origin))
         except OSError as error:
             raise UnavailableError(f"the upload cannot be kept in {folder.path}: {error.strerror}") from error
 
@@ -80,7 +80,7 @@ class Declarations:
         try:
             await self._change(name, add)
         except LoraplexError:
-            await asyncio.to_thread(folder.remove, kept.origin.id)
+            await folder.run(folder.remove, kept.origin.id)
             raise
 
     async def register(self, name: str, reference: AdapterReference, expected_version: int | None) -> pb.AdapterStatus:

@@ -7,6 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
@@ -67,6 +68,8 @@ PING_SECONDS = 0.5  # between an answer and the next ping
 LOADING_SECONDS = 60.0
 CLOSED = os.strerror(errno.ECONNREFUSED), os.strerror(errno.ENOENT)
 MTLS_HINT = "mutual TLS: each side's certificate must be signed by the other's --mtls-ca; see also the rank's log"
+
+_READING = ThreadPoolExecutor(4, "uploads")  # whose disk may hang
 
 T = TypeVar("T")
 Stream = grpc.aio.StreamStreamCall[pb.StepRequest, pb.StepResponse]
@@ -245,7 +248,7 @@ class ShardGroup:
 
     async def upload(self, upload: Upload) -> StagedAdapter:
         """Sends the files to all ranks."""
-        files = await asyncio.to_thread(upload.read)
+        files = await asyncio.get_running_loop().run_in_executor(_READING, upload.read)
         with self._observer.loading("host"):
             answers, error = await settled(rank.StageUpload(upload_parts(files)) for rank in self._ranks)
             _check_whole({answer.adapter.digest for answer in answers}, error)
@@ -264,7 +267,10 @@ class ShardGroup:
             density=merged.density,
             majority_sign_method=merged.majority_sign_method,
         )
-        files = {digest: await asyncio.to_thread(upload.read) for digest, upload in uploads.items()}
+        files = {
+            digest: await asyncio.get_running_loop().run_in_executor(_READING, upload.read)
+            for digest, upload in uploads.items()
+        }
         with self._observer.loading("host"):
             if files:
                 sent, error = await settled(rank.MergeUploads(merge_parts(request, files)) for rank in self._ranks)
