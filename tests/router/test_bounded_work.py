@@ -217,7 +217,7 @@ async def test_a_large_grpc_message_is_read_on_a_thread(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(message_limits, "parse_message", parse_message)
     service = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
-    limits = MessageLimits(service, lambda context: nullcontext(), Keys({}), 10**6)
+    limits = MessageLimits([service], lambda context: nullcontext(), Keys({}), 10**6)
     handler = await limits.intercept_service(find, SimpleNamespace(method=f"/{service.full_name}/Generate"))
     context = SimpleNamespace(invocation_metadata=tuple)
     for length in (1, LONG):

@@ -7,6 +7,10 @@ from contextlib import asynccontextmanager
 import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
+from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.generation_pb2_grpc import GenerationServiceServicer
@@ -41,6 +45,7 @@ class World:
 
     def __init__(self, api: Held, channel: grpc.aio.Channel) -> None:
         self.api = api
+        self.channel = channel
         self._call = channel.stream_unary(f"/{SERVICE}/Generate")
 
     def begin(self, key: str) -> Call:
@@ -116,3 +121,30 @@ async def test_a_call_that_is_cancelled_before_its_message_is_forgotten(caplog: 
         world.api.release.set()
         assert await (await world.ask("")).code() is grpc.StatusCode.OK
     assert not caplog.records
+
+
+async def test_health_checks_and_reflection_are_read_likewise_and_have_a_room_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(message_limits, "QUICK_SECONDS", 0.05)
+    monkeypatch.setattr(message_limits, "MESSAGE_SECONDS", 1.0)
+    async with serve(Keys({})) as world:
+        held = [await world.ask("") for _ in range(MOST_MESSAGES)]
+        assert await (await world.ask("")).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        for method in ("grpc.health.v1.Health/Check", "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"):
+            slow = [world.channel.stream_unary(f"/{method}")() for _ in range(MOST_MESSAGES + 2)]
+            health = HealthStub(world.channel)
+            assert (await health.Check(HealthCheckRequest())).status == HealthCheckResponse.NOT_SERVING
+            assert (await health.Watch(HealthCheckRequest()).read()).status == HealthCheckResponse.NOT_SERVING
+            with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
+                await health.Check(HealthCheckRequest(service="another"))
+            asked = ServerReflectionStub(world.channel).ServerReflectionInfo()
+            await asked.write(ServerReflectionRequest(list_services=""))
+            assert SERVICE in str(await asked.read())
+            await asked.done_writing()
+            assert await asked.code() is grpc.StatusCode.OK
+            codes = [await each.code() for each in slow]
+            assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 2
+            assert codes.count(grpc.StatusCode.DEADLINE_EXCEEDED) == MOST_MESSAGES
+        world.api.release.set()
+        assert {await each.code() for each in held} == {grpc.StatusCode.OK}

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import BEGUN, FieldViolation, InvalidRequestError, LoraplexError, to_status
@@ -42,7 +42,12 @@ from loraplex_router.vocabulary.request import Request
 
 logger = logging.getLogger(__name__)
 
-SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+API = pb.DESCRIPTOR.services_by_name["GenerationService"]
+KEYLESS: tuple[Any, ...] = (  # services for which nobody needs a key
+    health_pb2.DESCRIPTOR.services_by_name["Health"],
+    reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
+)
+SERVICE = API.full_name
 MAX_SPANS = 2**17  # an answer of some 4 MB
 
 SERVER_OPTIONS = (
@@ -226,14 +231,14 @@ class GrpcServer:
     ) -> None:
         """`max_message`: the most bytes of a request. Without `credentials`, it does not speak TLS."""
         self._credentials = credentials
-        service = pb.DESCRIPTOR.services_by_name["GenerationService"]
-        limits = MessageLimits(service, _answering, keys, max_message)
+        limits = MessageLimits([API], _answering, keys, max_message)
+        keyless = MessageLimits(KEYLESS, _answering, Keys({}), max_message)
         options = (
             *SERVER_OPTIONS,
             ("grpc.max_receive_message_length", max_message),
             ("grpc.max_allowed_incoming_connections", most_grpc_connections()),
         )
-        self._server = grpc.aio.server(options=options, interceptors=(*interceptors, limits))
+        self._server = grpc.aio.server(options=options, interceptors=(*interceptors, limits, keyless))
         self._health = health.aio.HealthServicer()
         add_GenerationServiceServicer_to_server(api, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -3,8 +3,9 @@ is parsed: a part of two bytes takes fifty times as much memory in a message, an
 streams."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from inspect import isasyncgenfunction
 from typing import Any
 
 import grpc
@@ -87,16 +88,17 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 class MessageLimits(grpc.aio.ServerInterceptor):
-    """Reads and parses a service's requests within `answering`, where errors can be answered. Nothing is read of
+    """Reads and parses services' requests within `answering`, where errors can be answered. Nothing is read of
     callers without a key, where one is needed. A message is refused if there is no room for it until its request is
     answered; one that takes long to arrive, if there is none for as much as it may become."""
 
-    def __init__(self, service: ServiceDescriptor, answering: Answering, keys: Keys, most: int) -> None:
+    def __init__(self, services: Iterable[ServiceDescriptor], answering: Answering, keys: Keys, most: int) -> None:
         """`most`: the most bytes of a message."""
         self._room, self._arriving = (Room(MOST_MESSAGES * most, keys) for _ in range(2))
         self._most = most
         self._keys = keys
-        self._kinds = {f"/{service.full_name}/{method.name}": method.input_type for method in service.methods}
+        methods = [method for service in services for method in service.methods]
+        self._kinds = {f"/{each.containing_service.full_name}/{each.name}": each.input_type for each in methods}
         self._answering = answering
 
     async def intercept_service(
@@ -115,7 +117,9 @@ class MessageLimits(grpc.aio.ServerInterceptor):
 
         async def stream(messages: Messages, context: Context) -> None:
             async with self._request(messages, kind, context) as request:
-                if not await Sender(handler.unary_stream(request, context), context).send_all():
+                if not isasyncgenfunction(handler.unary_stream):  # it sends what it has itself
+                    await handler.unary_stream(request, context)
+                elif not await Sender(handler.unary_stream(request, context), context).send_all():
                     async with self._answering(context):
                         raise RequestCancelledError(f"the client has read nothing for {READ_SECONDS:g} seconds")
 
@@ -130,7 +134,20 @@ class MessageLimits(grpc.aio.ServerInterceptor):
                 tenant = self._tenant(context)
             return await handler.stream_unary(parsed(), context)
 
+        async def converse(messages: Messages, context: Context) -> None:
+            async def parsed() -> AsyncIterator[Any]:
+                while (data := await self._receive(messages, tenant)) is not None:
+                    with self._room.place(tenant) as place:
+                        yield await _parse(data, kind, place)
+
+            async with self._answering(context):
+                tenant = self._tenant(context)
+                async for answer in handler.stream_stream(parsed(), context):
+                    await context.write(answer)
+
         # gRPC would read all of a request that is not a stream before anybody is asked whether it may come.
+        if handler.request_streaming and handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(converse, None, handler.response_serializer)
         if handler.request_streaming:
             return grpc.stream_unary_rpc_method_handler(collect, None, handler.response_serializer)
         if handler.response_streaming:
@@ -143,12 +160,15 @@ class MessageLimits(grpc.aio.ServerInterceptor):
         async with self._answering(context):
             tenant = self._tenant(context)
             data = await self._receive(messages, tenant)
+            if data is None:
+                raise InvalidRequestError(FieldViolation("request", "is missing"))
         with self._room.place(tenant) as place:
             async with self._answering(context):
                 request = await _parse(data, kind, place)
             yield request
 
-    async def _receive(self, messages: Messages, tenant: Tenant) -> bytes:
+    async def _receive(self, messages: Messages, tenant: Tenant) -> bytes | None:
+        """The next message; None at the end."""
         receiving = asyncio.ensure_future(anext(aiter(messages), None))
         try:
             await asyncio.wait([receiving], timeout=QUICK_SECONDS)
@@ -159,12 +179,9 @@ class MessageLimits(grpc.aio.ServerInterceptor):
                     await asyncio.wait([receiving], timeout=MESSAGE_SECONDS)
             if not receiving.done():
                 raise DeadlineError(f"the request was not complete after {MESSAGE_SECONDS:g} seconds")
-            data = receiving.result()
+            return receiving.result()
         finally:
             receiving.cancel()
-        if data is None:
-            raise InvalidRequestError(FieldViolation("request", "is missing"))
-        return data
 
     def _tenant(self, context: Context) -> Tenant:
         return self._keys.tenant(key_of(context))
