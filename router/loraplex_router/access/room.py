@@ -10,7 +10,7 @@ from loraplex_router.access.tenant import Tenant
 FULL = "other requests are large: try again later"
 
 
-class Place:
+class Holding:
     """What one request takes of a room."""
 
     def __init__(self, room: "Room", tenant: Tenant) -> None:
@@ -34,16 +34,16 @@ class Room:
         self._taken: Counter[Tenant] = Counter()  # bytes
 
     @contextmanager
-    def place(self, tenant: Tenant) -> Iterator[Place]:
-        """A request's place, while it is answered."""
-        place = Place(self, tenant)
+    def holding(self, tenant: Tenant) -> Iterator[Holding]:
+        """What a request takes, while it is answered: nothing at first."""
+        holding = Holding(self, tenant)
         try:
-            yield place
+            yield holding
         finally:
-            self.take(tenant, -place.taken)
+            self.take(tenant, -holding.taken)
 
     def take(self, tenant: Tenant, size: int) -> bool:
-        """For Place."""
+        """For Holding."""
         self._free -= size
         self._taken[tenant] += size
         if not self._taken[tenant]:

@@ -21,7 +21,7 @@ from loraplex_protos.errors import (
     RequestCancelledError,
 )
 from loraplex_router.access.keys import Keys, read_bearer
-from loraplex_router.access.room import FULL, Place, Room
+from loraplex_router.access.room import FULL, Holding, Room
 from loraplex_router.access.tenant import Tenant
 from loraplex_router.api.sending import READ_SECONDS, Sender
 from loraplex_router.api.uploads import read_rest
@@ -127,8 +127,8 @@ class MessageLimits(grpc.aio.ServerInterceptor):
             async def parsed() -> AsyncIterator[Any]:  # within the handler, which answers errors
                 async with read_rest(messages):
                     async for data in messages:
-                        with self._room.place(tenant) as place:
-                            yield await _parse(data, kind, place)
+                        with self._room.holding(tenant) as holding:
+                            yield await _parse(data, kind, holding)
 
             async with self._answering(context):
                 tenant = self._tenant(context)
@@ -137,8 +137,8 @@ class MessageLimits(grpc.aio.ServerInterceptor):
         async def converse(messages: Messages, context: Context) -> None:
             async def parsed() -> AsyncIterator[Any]:
                 while (data := await self._receive(messages, tenant)) is not None:
-                    with self._room.place(tenant) as place:
-                        yield await _parse(data, kind, place)
+                    with self._room.holding(tenant) as holding:
+                        yield await _parse(data, kind, holding)
 
             async with self._answering(context):
                 tenant = self._tenant(context)
@@ -162,9 +162,9 @@ class MessageLimits(grpc.aio.ServerInterceptor):
             data = await self._receive(messages, tenant)
             if data is None:
                 raise InvalidRequestError(FieldViolation("request", "is missing"))
-        with self._room.place(tenant) as place:
+        with self._room.holding(tenant) as holding:
             async with self._answering(context):
-                request = await _parse(data, kind, place)
+                request = await _parse(data, kind, holding)
             yield request
 
     async def _receive(self, messages: Messages, tenant: Tenant) -> bytes | None:
@@ -173,8 +173,8 @@ class MessageLimits(grpc.aio.ServerInterceptor):
         try:
             await asyncio.wait([receiving], timeout=QUICK_SECONDS)
             if not receiving.done():
-                with self._arriving.place(tenant) as place:
-                    if not place.take(self._most):
+                with self._arriving.holding(tenant) as holding:
+                    if not holding.take(self._most):
                         raise OverloadedError(FULL)
                     await asyncio.wait([receiving], timeout=MESSAGE_SECONDS)
             if not receiving.done():
@@ -187,8 +187,8 @@ class MessageLimits(grpc.aio.ServerInterceptor):
         return self._keys.tenant(key_of(context))
 
 
-async def _parse(data: bytes, kind: Descriptor, place: Place) -> Any:
-    if not place.take(len(data)):
+async def _parse(data: bytes, kind: Descriptor, holding: Holding) -> Any:
+    if not holding.take(len(data)):
         raise OverloadedError(FULL)
     return await asyncio.to_thread(parse_message, data, kind) if len(data) > LONG else parse_message(data, kind)
 

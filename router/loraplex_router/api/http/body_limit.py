@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex_protos.errors import UnauthenticatedError
 from loraplex_router.access.keys import Keys
-from loraplex_router.access.room import FULL, Place, Room
+from loraplex_router.access.room import FULL, Holding, Room
 from loraplex_router.access.tenant import Tenant
 from loraplex_router.api.http.call import key_of
 
@@ -40,7 +40,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         deadline = asyncio.get_running_loop().time() + self._seconds
-        place: Place | None = None
+        holding: Holding | None = None
         complete = False
 
         async def read() -> tuple[Message, int]:
@@ -57,13 +57,13 @@ class BodyLimit:
             return message, len(message.get("body", b""))
 
         async def counted() -> Message:
-            nonlocal place
+            nonlocal holding
             if complete:
                 return await receive()
-            place = place or stack.enter_context(self._room.place(self._tenant(scope)))
+            holding = holding or stack.enter_context(self._room.holding(self._tenant(scope)))
             message, size = await read()
-            fits = place.take(size)
-            if refusal := self._refusal(scope, place.taken, fits):
+            fits = holding.take(size)
+            if refusal := self._refusal(scope, holding.taken, fits):
                 discarded = size
                 while not complete and discarded < self._limit * MOST_DISCARDED:
                     discarded += (await read())[1]
