@@ -14,6 +14,7 @@ from loraplex_protos.errors import (
     from_rpc_error,
 )
 
+NOT_SENT = "Internal error from Core"  # what asyncio's client says if a call ends while it sends, whatever ended it
 PROXIES = "grpc_proxy", "https_proxy", "http_proxy"  # the variables that gRPC reads, in its order
 LOCAL = "localhost", "127.0.0.1", "[::1]"
 
@@ -37,6 +38,8 @@ def typed_error(failure: grpc.RpcError, server: str) -> LoraplexError:
             return UnavailableError(f"the connection to {server} was lost: the server stopped, or a proxy closed it")
         if message == "ping timeout" or "Connection timed out" in message:
             return UnavailableError(f"the connection to {server} was lost: nothing comes from there any more")
+    if message == NOT_SENT:
+        return UnavailableError(f"the connection to {server} was lost while the request was sent")
     return error
 
 

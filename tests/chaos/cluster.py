@@ -96,6 +96,7 @@ class Cluster:
         self._usage = folder / "usage.jsonl"
         self.hub = StandInHub()
         self.troubles: Counter[str] = Counter()  # counts when one that `trouble` names begins, and when it ends
+        self.losses = 0  # how often a rank was ended, stopped or cut off, so that routers may have lost its replica
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:

@@ -10,6 +10,7 @@ from loraplex import (
     AdapterConflictError,
     AdapterNotFoundError,
     AdapterSourceError,
+    GenerationError,
     LoraplexError,
     OverloadedError,
     UnavailableError,
@@ -24,6 +25,7 @@ LEAVING = 0.05  # the share of clients that do not wait for the end
 FINISHED, RESUMED, LEFT, FAULT = "finished", "finished, although its router ended meanwhile", "left", "fault"
 REFUSED, DIED = "refused for now", "its router died before a stream had begun"
 NO_SOURCE, NO_STORE = "its adapter's source failed", "it could not be resumed, since the store failed"
+SUSPECTED, SUSPICIOUS = "several replicas were lost while they worked on it", 3  # as in the router's suspects.py
 NO_VERSION, REPLACED = "its router died and its adapter was replaced", (AdapterConflictError, AdapterNotFoundError)
 
 
@@ -90,7 +92,7 @@ class Ledger:
 
     async def _outcome(self, name: str, place: Place) -> str:
         """Nothing but a store that fails explains a broken stream. Starts and stops of routers explain refusals."""
-        starts, deaths, began = place.starts, place.deaths, time.monotonic()
+        starts, deaths, began, losses = place.starts, place.deaths, time.monotonic(), self._cluster.losses
         troubles = self._cluster.troubles.copy()
         try:
             told = self._peaceful[name].difference(await CASES[name](self._clients[place]))
@@ -103,6 +105,9 @@ class Ledger:
                 return NO_STORE
             if place.deaths != deaths and isinstance(error, Broken) and isinstance(error.__cause__, REPLACED):
                 return NO_VERSION
+            ended = error.__cause__ if isinstance(error, Broken) else error
+            if isinstance(ended, GenerationError) and self._cluster.losses >= losses + SUSPICIOUS:
+                return SUSPECTED
             if isinstance(error, UnavailableError):
                 return REFUSED if place.deaths == deaths else DIED
             if isinstance(error, OverloadedError) and self._cluster.had_trouble("reader", troubles):

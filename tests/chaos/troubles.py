@@ -70,6 +70,7 @@ class Troubles:
         with contextlib.suppress(ProcessLookupError):  # it is about to be restarted
             os.kill(self._cluster.ranks.pids()[rank], number)
             self.kills += number == signal.SIGKILL
+            self._cluster.losses += 1
 
     async def _kill_rank(self) -> None:
         self._send(self._dice.choice(self._replica()), signal.SIGKILL)
@@ -84,6 +85,7 @@ class Troubles:
             for stager in psutil.Process(self._cluster.ranks.pids()[rank]).children():
                 stager.kill()
                 self.kills += 1
+                self._cluster.losses += 1
 
     async def _kill_reader(self) -> None:
         """Of the next adapter that is read."""
@@ -116,6 +118,7 @@ class Troubles:
     async def _stop(self) -> None:
         rank = self._dice.choice(self._replica())
         pid = self._cluster.ranks.pids()[rank]
+        self._cluster.losses += 1
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
             await self._wait()
@@ -128,6 +131,7 @@ class Troubles:
         await self._cut_off(self._replica())
 
     async def _cut_off(self, ranks: "range | list[int]") -> None:
+        self._cluster.losses += 1
         for rank in ranks:
             self._cluster.proxies[rank].joined.clear()
         await self._wait()

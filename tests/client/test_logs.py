@@ -6,7 +6,10 @@ import subprocess
 import sys
 from subprocess import PIPE
 
-from loraplex.cli.logs import Always, JsonFormatter, TextFormatter
+import grpc
+import pytest
+
+from loraplex.cli.logs import Always, JsonFormatter, TextFormatter, shorten
 
 
 def record(message: str = "request", **fields: object) -> logging.LogRecord:
@@ -41,6 +44,21 @@ def test_an_exception_is_part_of_the_json():
     except ValueError:
         made = logging.LogRecord("router", logging.ERROR, __file__, 1, "failed", None, sys.exc_info())
     assert "ValueError: broken" in json.loads(JsonFormatter().format(made))["exception"]
+
+
+async def test_a_method_whose_name_is_not_a_text_costs_a_few_log_lines(caplog: pytest.LogCaptureFixture):
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await channel.unary_unary(b"/a\xecb/c")(b"")
+    await server.stop(None)
+    records = [record for record in caplog.records if record.name.startswith("grpc") and record.exc_info]
+    assert records
+    for record in records:
+        record.exc_text = None  # what another formatter has made of it
+        assert shorten(record) and "\n" not in TextFormatter().format(record)
 
 
 def test_values_for_every_record_are_added_to_its_own():

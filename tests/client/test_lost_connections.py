@@ -3,10 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
 
 from loraplex import AsyncClient, Client, UnavailableError
 from loraplex.connection import CHANNEL_OPTIONS
+from loraplex.rpc_errors import NOT_SENT, typed_error
 from tests.chaos.proxy import Proxy
 from tests.client.scripted import ENDLESS, ScriptedServicer
 
@@ -49,3 +51,9 @@ async def test_a_blocking_call_ends_with_an_error(proxy: Proxy) -> None:
     loop = asyncio.get_running_loop()
     with pytest.raises(UnavailableError, match="was lost: nothing comes from there any more"):
         await asyncio.wait_for(asyncio.to_thread(read), 60)
+
+
+def test_a_call_that_ends_while_its_request_is_sent_is_a_lost_connection() -> None:
+    failure = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), NOT_SENT)
+    error = typed_error(failure, "there:50051")
+    assert isinstance(error, UnavailableError) and "to there:50051 was lost while the request" in error.message

@@ -21,6 +21,7 @@ def configure(log_format: str, **everywhere: object) -> None:
     record. Before os._exit, call logging.shutdown, which writes what is not written yet."""
     handler = LogWriter(STDERR)
     handler.addFilter(Always(everywhere))
+    handler.addFilter(shorten)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level="WARNING", handlers=[handler])
     for package in OURS:
@@ -31,6 +32,15 @@ def configure(log_format: str, **everywhere: object) -> None:
 def _log_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Logs a library's warning as a record, instead of printing it with its line of source."""
     logging.getLogger("py.warnings").warning("%s", message)
+
+
+def shorten(record: logging.LogRecord) -> bool:
+    """A filter that keeps one line of what gRPC logs, with long traces, of calls that anybody can make: the name of a
+    method is not a text, or the caller has left."""
+    error = record.exc_info[1] if record.exc_info else None
+    if record.name.startswith("grpc") and type(error).__name__ in ("UnicodeDecodeError", "ExecuteBatchError"):
+        record.exc_info = None
+    return True
 
 
 class Always(logging.Filter):

@@ -9,7 +9,7 @@ from loraplex_protos.errors import UnavailableError
 
 PREFIX = "loraplex:"  # of all keys
 TIMEOUT = 1.0  # seconds, of which some may be spent waiting for a connection
-CONNECTIONS = 16  # at most, which are kept
+CONNECTIONS = 8  # at most, which are kept
 
 Command: TypeAlias = tuple[str | bytes | int | float, ...]
 
