@@ -29,6 +29,7 @@ from loraplex_shard.lora.stager_process import LIBC, NOT_FOR_IT, ONE_PROCESS, Qu
 # How long a process may use no processor time, several times longer than any source is waited for, and how often that
 # is looked at.
 HANG_SECONDS, LOOK_SECONDS = 30.0, 1.0
+NOTHING_SECONDS = 1e-5  # of a processor's time between two looks
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -160,7 +161,7 @@ class _Process(Caller):
         arrives.register(self._connection, select.POLLIN)
         while not arrives.poll(LOOK_SECONDS * 1e3):
             before, used = used, _processor_seconds(self._id)
-            idle = idle + LOOK_SECONDS if used == before else 0.0
+            idle = 0.0 if used - before > NOTHING_SECONDS else idle + LOOK_SECONDS
             if idle >= HANG_SECONDS:
                 with suppress(ProcessLookupError):
                     os.kill(self._id, signal.SIGKILL)
@@ -169,9 +170,11 @@ class _Process(Caller):
 
 
 def _processor_seconds(process: int) -> float:
-    """How much time of processors it has used; nan, which equals nothing, if that is not known."""
+    """How much time of processors it has used: nan if it has ended, all time if the system does not tell."""
+    if LIBC is None:
+        return time.monotonic()
     clock = ctypes.c_int()
-    if LIBC is None or LIBC.clock_getcpuclockid(process, ctypes.byref(clock)):
+    if LIBC.clock_getcpuclockid(process, ctypes.byref(clock)):
         return nan
     try:
         return time.clock_gettime(clock.value)
