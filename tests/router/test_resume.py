@@ -23,6 +23,7 @@ from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.records import Record, decode, encode_tokens
 from loraplex_router.journal.redis_store import RedisStore
 from loraplex_router.journal.stores import MemoryStore, Store
+from loraplex_router.store import redis_server as redis_servers
 from loraplex_router.store.redis_server import CONNECTIONS, RedisServer
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.vocabulary.chat import ChatTemplates
@@ -357,7 +358,10 @@ async def test_a_call_to_the_redis_server_can_be_cancelled_at_any_time(tmp_path:
 
 
 @needs_redis
-async def test_many_calls_share_a_few_connections_of_the_redis_server_also_after_it_has_hung(tmp_path: Path):
+async def test_many_calls_share_a_few_connections_of_the_redis_server_also_after_it_has_hung(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(redis_servers, "TIMEOUT", 60.0)
     with redis_server(tmp_path) as (url, process):
         server = RedisServer(url)
 
@@ -367,7 +371,8 @@ async def test_many_calls_share_a_few_connections_of_the_redis_server_also_after
 
         assert sorted(await count()) == list(range(1, 301))
         process.send_signal(signal.SIGSTOP)
-        with pytest.raises(UnavailableError, match="does not answer"):
+        with monkeypatch.context() as impatient, pytest.raises(UnavailableError, match="does not answer"):
+            impatient.setattr(redis_servers, "TIMEOUT", 1.0)
             await count()
         process.send_signal(signal.SIGCONT)
         assert len(await count()) == 300

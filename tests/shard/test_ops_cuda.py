@@ -4,9 +4,11 @@ The interpreter cannot multiply bfloat16, so products are tested there in float1
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -350,8 +352,10 @@ def lora_layer(seed: int, lora_rank: int, in_features: int = 1100) -> tuple[Adap
     return partition_adapter(deltas, [layout], torch.int8).weights, layout
 
 
-def test_a_tokens_lora_delta_does_not_depend_on_its_neighbours() -> None:
+def test_a_tokens_lora_delta_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     """With many tiles, a program computes all slices of A's columns; with few, each slice has a program."""
+    # The interpreter's products are of numpy's BLAS, which on some processors depend on a row's place.
+    monkeypatch.setattr(np, "matmul", partial(np.einsum, "ij,jk->ik"))
     (adapter, layout), (other, _) = lora_layer(0, 20), lora_layer(1, 3)
     x, base = random(0, 80, 1100), random(1, 80, 64)
     together, alone, few_others = base.clone(), base[40:41].clone(), base[38:42].clone()

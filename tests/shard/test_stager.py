@@ -1,5 +1,6 @@
 """Adapters are read in processes of their own, which may die."""
 
+import gc
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from loraplex_protos.errors import (
 )
 from loraplex_shard.device.priority import NICE, gently
 from loraplex_shard.lora import stager as stagers
+from loraplex_shard.lora import stager_process
 from loraplex_shard.lora.peft import patterns
 from loraplex_shard.lora.sources.local import LocalSource
 from loraplex_shard.lora.stager import Stager
@@ -133,6 +135,44 @@ def test_a_call_whose_process_is_killed_fails_alone(stager: Stager) -> None:
     with pytest.raises(OverloadedError, match="has been killed"):
         call(stager, shared.be_killed)
     assert call(stager, shared.process)[0] != os.getpid()
+
+
+def test_garbage_of_the_rank_is_not_collected_in_its_stager_and_calls() -> None:
+    rank = os.getpid()
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            if os.getpid() != rank:
+                os._exit(1)
+
+    gc.disable()
+    try:
+        Garbage()
+        with closing(Stager({})) as stager:
+            assert call(stager, gc.collect) >= 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("hangs", ["stager", "call"])
+def test_a_process_that_stands_still_before_its_first_call_is_ended(
+    monkeypatch: pytest.MonkeyPatch, hangs: str
+) -> None:
+    monkeypatch.setattr(stagers, "HANG_SECONDS", 1.0)
+    monkeypatch.setattr(stagers, "LOOK_SECONDS", 0.25)
+    lost = threading.Event()
+    if hangs == "call":
+        monkeypatch.setattr(stager_process, "_answer", lambda connection, shared: time.sleep(600))
+    with closing(Stager({"shared": Shared()}, lost.set)) as stager:
+        shared = Shared.of(stager)
+        if hangs == "stager":
+            os.kill(call(stager, shared.process)[0], signal.SIGSTOP)
+        with pytest.raises(AdapterSourceError, match="has not answered"):
+            call(stager, shared.process)
+        assert lost.wait(60 if hangs == "stager" else 0.1) == (hangs == "stager")
 
 
 def test_a_call_that_hangs_is_ended_and_gives_up_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

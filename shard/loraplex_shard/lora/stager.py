@@ -78,12 +78,12 @@ class Stager:
             # Python 3.12 warns of forks where there are threads. None of them holds what the stager needs.
             warnings.simplefilter("ignore", DeprecationWarning)
             former = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_IT)  # until it ignores them
-            child = os.fork()
-        if child == 0:
+            self._id = os.fork()
+        if self._id == 0:
             end_after(lambda: serve(theirs, self._shared))
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
         theirs.close()
-        Thread(target=self._watch, args=(child,), name="stager", daemon=True).start()
+        Thread(target=self._watch, name="stager", daemon=True).start()
 
     @contextmanager
     def process(self) -> Iterator[Caller]:
@@ -94,16 +94,16 @@ class Stager:
         with ours:
             with theirs:
                 self._begin(theirs)
-            yield _Process(ours, self._shared, self._places)
+            yield _Process(ours, self._id, self._shared, self._places)
 
     def close(self) -> None:
         """Ends the stager, once its processes have ended."""
         self._closed = True
         self._control.close()
 
-    def _watch(self, process: int) -> None:
+    def _watch(self) -> None:
         with suppress(ChildProcessError):  # somebody else has waited for it: it has ended, too
-            os.waitpid(process, 0)
+            os.waitpid(self._id, 0)
         if not self._closed:
             self._on_lost()
 
@@ -117,19 +117,23 @@ class Stager:
 class _Process(Caller):
     """A process of the stager, as the rank sees it."""
 
-    def __init__(self, connection: socket.socket, shared: Mapping[str, object], places: BoundedSemaphore) -> None:
+    def __init__(
+        self, connection: socket.socket, stager: int, shared: Mapping[str, object], places: BoundedSemaphore
+    ) -> None:
         self._connection = connection
         self._shared = shared
         self._places = places
         self._ended = False
-        self._id = 0  # not known yet
+        self._begun = False
+        self._id = stager  # which forks it, and tells its id then
 
     def call(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         given: tuple[object, ...] = args
         functions = {f"{n}": each for n, each in enumerate(given) if isinstance(each, FunctionType | MethodType)}
         shared = {**self._shared, **functions}
         try:
-            self._id = self._id or receive(self._connection, {})
+            if not self._begun:
+                self._id, self._begun = self._receive({}), True
             send(self._connection, (work, args), shared)
             while isinstance(answer := self._receive(shared), Question):
                 send(self._connection, functions[answer.function](*answer.args), shared)

@@ -1,6 +1,7 @@
 """What runs in the stager and in the processes that it forks: see stager.py."""
 
 import ctypes
+import gc
 import os
 import select
 import signal
@@ -40,6 +41,7 @@ class Question:
 
 def serve(control: socket.socket, shared: Mapping[str, object]) -> None:
     """Forks a process for each connection that arrives, until the rank has ended."""
+    gc.freeze()  # garbage of the rank is left to it: gRPC's objects end processes that have not its threads, or hang
     _close_connections(but=control.fileno())
     for number in NOT_FOR_IT:
         signal.signal(number, signal.SIG_IGN)
@@ -54,10 +56,11 @@ def serve(control: socket.socket, shared: Mapping[str, object]) -> None:
             return
         stager = os.getpid()
         with socket.socket(fileno=descriptors[0]) as connection, suppress(OSError):  # no process: the rank is told
-            if os.fork() == 0:
+            if (process := os.fork()) == 0:
                 _end_with(stager)
                 control.close()
                 end_after(lambda: _answer(connection, shared))
+            send(connection, process, {})
 
 
 def end_after(work: Callable[[], None]) -> NoReturn:
@@ -79,7 +82,6 @@ def _answer(connection: socket.socket, shared: Mapping[str, object]) -> None:
         Path("/proc/self/oom_score_adj").write_bytes(FIRST_TO_GO)
     Thread(target=_end_when_closed, args=(connection,), daemon=True).start()
     known = _Known(shared, connection)
-    send(connection, os.getpid(), known)
     while True:
         work, args = receive(connection, known)
         answer: tuple[object, Exception | None]
