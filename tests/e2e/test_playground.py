@@ -27,6 +27,7 @@ pytestmark = needs_chromium
 
 ROOT = Path(__file__).parents[2]
 KEY = "the key of the page"
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 QUESTION = "Last year Angela Jones left Microsoft and bought a house in Spain."
 SCHEMA = {"type": "object", "properties": {"happy": {"type": "boolean"}}, "required": ["happy"]}
 
@@ -81,7 +82,7 @@ def page(browser: Browser, served: Server) -> Iterator[Page]:
 def enter(page: Page) -> None:
     page.get_by_label("This server requires an API key.").fill(KEY)
     page.get_by_role("button", name="Use this key").click()
-    expect(page.locator("#model")).to_have_text("HuggingFaceTB/SmolLM2-135M-Instruct")
+    expect(page.locator("#model")).to_have_text(MODEL)
 
 
 def set_fields(page: Page, **values: str) -> None:
@@ -202,14 +203,15 @@ def test_a_token_shows_how_likely_it_was(page: Page, served: Server, tmp_path: P
     enter(page)
     toggle(page, "sentiment", "entities", "sql")
     set_fields(page, temperature="0", max_tokens="48")
-    ask(page, QUESTION)
-    body = {"model": "", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 48}
-    answer = post(page, served, "/v1/chat/completions", {**body, "logprobs": True, "top_logprobs": 5})
-    (choice,) = answer["choices"]
-    expected = choice["logprobs"]["content"]
+    with page.expect_response(lambda response: MODEL in (response.request.post_data or "")) as response:
+        ask(page, QUESTION)
+    events = [json.loads(line.removeprefix("data: ")) for line in response.value.text().splitlines() if "{" in line]
+    choices = [choice for event in events for choice in event["choices"]]
+    expected = [token for choice in choices if choice.get("logprobs") for token in choice["logprobs"]["content"]]
     tokens = card(page, "base model").locator(".token")
+    assert len(expected) == 48
     assert tokens.all_text_contents() == [token["token"] for token in expected]
-    assert text_of(page, "base model") == choice["message"]["content"]
+    assert text_of(page, "base model") == "".join(choice["delta"].get("content", "") for choice in choices)
 
     shown = page.get_by_role("tooltip")
     tokens.nth(3).hover()
