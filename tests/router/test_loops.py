@@ -1,8 +1,10 @@
 """The router's own loops: one that fails costs neither the others nor the streams."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,23 @@ from loraplex_router.telemetry.telemetry import Telemetry
 from loraplex_router.wire.discovery import Address
 
 SHARDS = ("unix:/nowhere/0", "unix:/nowhere/1")
+
+
+def connections() -> Connections:
+    telemetry = Telemetry(1, RequestLog(prompts=False))
+    return Connections(RouterSettings(shards=SHARDS), Replicas(telemetry, 1.0), None, lambda model: None, telemetry)
+
+
+@asynccontextmanager
+async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator["asyncio.Task[None]"]:
+    """The work runs within the context, which lasts a minute at most."""
+    task = asyncio.create_task(work)
+    try:
+        async with asyncio.timeout(60):
+            yield task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def test_a_loop_that_fails_is_logged_and_begun_again_while_the_others_go_on(
@@ -38,13 +57,10 @@ async def test_a_loop_that_fails_is_logged_and_begun_again_while_the_others_go_o
 
     monkeypatch.setattr(router._prefetching, "run", fails)
     monkeypatch.setattr(router._usage, "run", goes_on)
-    work = asyncio.create_task(router._work(lambda names: None))
-    async with asyncio.timeout(60):
+    async with running(router._work(lambda names: None)) as work:
         await again.wait()
-    assert not work.done() and len(others) == 1
+        assert not work.done() and len(others) == 1
     assert "ZeroDivisionError: the first" in caplog.text and "KeyError: 'the second'" in caplog.text
-    work.cancel()
-    await asyncio.wait([work])
 
 
 async def test_replicas_are_kept_while_the_search_for_others_fails_and_is_begun_again(
@@ -72,14 +88,9 @@ async def test_replicas_are_kept_while_the_search_for_others_fails_and_is_begun_
 
     monkeypatch.setattr("loraplex_router.replicas.connections.Discovery", Discovery)
     monkeypatch.setattr(Connections, "_connect", connect)
-    telemetry = Telemetry(1, RequestLog(prompts=False))
-    connections = Connections(RouterSettings(shards=SHARDS), Replicas(telemetry, 1.0), None, print, telemetry)
-    running = asyncio.create_task(connections.run())
-    async with asyncio.timeout(60):
+    async with running(connections().run()):
         await both.wait()
     assert connected == list(SHARDS) and "ZeroDivisionError" in caplog.text
-    running.cancel()
-    await asyncio.wait([running])
 
 
 async def test_a_replica_whose_connection_fails_is_tried_again_while_the_others_run(
@@ -98,13 +109,7 @@ async def test_a_replica_whose_connection_fails_is_tried_again_while_the_others_
         raise (ZeroDivisionError if connected.count(SHARDS[0]) == 1 else FileNotFoundError)("tls.crt")
 
     monkeypatch.setattr(Connections, "_connect", connect)
-    telemetry = Telemetry(1, RequestLog(prompts=False))
-    settings = RouterSettings(shards=SHARDS)
-    connections = Connections(settings, Replicas(telemetry, 1.0), None, lambda model: None, telemetry)
-    running = asyncio.create_task(connections.run())
-    async with asyncio.timeout(60):
+    async with running(connections().run()) as work:
         await again.wait()
-    assert connected.count(SHARDS[1]) == 1 and not running.done()
+        assert connected.count(SHARDS[1]) == 1 and not work.done()
     assert "ZeroDivisionError" in caplog.text and f"replica {SHARDS[0]}: tls.crt" in caplog.text
-    running.cancel()
-    await asyncio.wait([running])

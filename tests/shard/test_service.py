@@ -346,15 +346,21 @@ def test_a_slow_adapter_source_does_not_delay_steps(
     server.stop(None).wait()
 
 
+def occupy_all_threads(channel: grpc.Channel, adapters: SlowAdapters) -> list[Any]:
+    """The calls that stage adapters whose source does not answer."""
+    stage = ShardServiceStub(channel).StageAdapter
+    slow = [stage.future(pb.StageAdapterRequest(id=f"org/{number}")) for number in range(WORKERS)]
+    assert all(adapters.coming.acquire(timeout=TIMEOUT) for _ in slow)
+    return slow
+
+
 def test_the_health_service_answers_while_slow_adapter_sources_occupy_all_threads(
     decoder: Decoder, address: str, failed_step: threading.Event
 ) -> None:
     adapters: Any = SlowAdapters()
     server, _ = start(service_with(adapters, decoder, failed_step), address)
     with grpc.insecure_channel(address) as channel:
-        stage = ShardServiceStub(channel).StageAdapter
-        slow = [stage.future(pb.StageAdapterRequest(id=f"org/{number}")) for number in range(WORKERS)]
-        assert all(adapters.coming.acquire(timeout=TIMEOUT) for _ in slow)
+        slow = occupy_all_threads(channel, adapters)
         answer = HealthStub(channel).Check(HealthCheckRequest(), timeout=TIMEOUT / 2)
         assert answer.status == HealthCheckResponse.SERVING
         adapters.may_go_on.set()
@@ -368,9 +374,7 @@ def test_calls_whose_client_has_left_give_their_threads_back(
     adapters: Any = SlowAdapters()
     server, _ = start(service_with(adapters, decoder, failed_step), address)
     with grpc.insecure_channel(address) as channel:
-        stage = ShardServiceStub(channel).StageAdapter
-        slow = [stage.future(pb.StageAdapterRequest(id=f"org/{number}")) for number in range(WORKERS)]
-        assert all(adapters.coming.acquire(timeout=TIMEOUT) for _ in slow)
+        slow = occupy_all_threads(channel, adapters)
         for call in slow:
             call.cancel()
         assert ShardServiceStub(channel).GetInfo(pb.GetInfoRequest(), timeout=TIMEOUT / 2).model_id == "tiny"

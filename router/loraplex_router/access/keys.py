@@ -55,7 +55,9 @@ class Keys:
         # The time that this takes tells nothing about the known keys: a dict compares texts only if its own hashes of
         # them are equal, which nobody outside knows. And even who knew a key's SHA-256 would not know the key.
         hashed = _hash(key)
-        found = self._by_hash.get(hashed) or self._tenants.get(self._owners.get(hashed, ""))
+        found = self._by_hash.get(hashed)
+        if found is None and (owner := self._owners.get(hashed)) is not None:
+            found = self._tenants.get(owner)
         if found is None:
             raise UnauthenticatedError("unknown API key")
         return found
