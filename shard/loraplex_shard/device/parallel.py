@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from loraplex_protos.errors import LoraplexError
 from loraplex_shard.device import gpus
 from loraplex_shard.device.lifeline import LifeLine
-from loraplex_shard.device.shared_memory import SharedMemory
+from loraplex_shard.device.shared_memory import PATIENCE, SharedMemory
 from loraplex_shard.device.troubles import GroupLostError
 from loraplex_shard.kernels.library import KINDS, Kernels
 
@@ -73,7 +73,16 @@ class Group:
         if size == 1:
             return cls(rank, size)
         with _named(f"rendezvous: rank {rank} of {size} does not reach the others at {rendezvous_url}"):
-            dist.init_process_group("gloo", init_method=rendezvous_url, rank=rank, world_size=size)
+            store, _, _ = next(dist.rendezvous(rendezvous_url, rank, size))
+            # After the end of a rank, rank 0 may still be about to end. Its store would tell of the former rank, and
+            # rank 0's end would not be noticed before the time is over.
+            if store.add(f"rank {rank} joined", 1) > 1:
+                raise GroupLostError(
+                    f"rendezvous: rank {rank} of {size} has already joined a group at {rendezvous_url}: "
+                    "all ranks of that group must end first (and if it is a file, remove it)"
+                )
+            patience = timedelta(seconds=PATIENCE)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
         shared, nccl = None, None
         if device.type == "cpu":
             shared = SharedMemory.connect(rank, size, kernels)
