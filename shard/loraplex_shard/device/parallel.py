@@ -12,6 +12,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.rendezvous import rendezvous
 
 from loraplex_protos.errors import LoraplexError
 from loraplex_shard.device import gpus
@@ -73,7 +74,7 @@ class Group:
         if size == 1:
             return cls(rank, size)
         with _named(f"rendezvous: rank {rank} of {size} does not reach the others at {rendezvous_url}"):
-            store, _, _ = next(dist.rendezvous(rendezvous_url, rank, size))
+            store, _, _ = next(rendezvous(rendezvous_url, rank, size))
             # After the end of a rank, rank 0 may still be about to end. Its store would tell of the former rank, and
             # rank 0's end would not be noticed before the time is over.
             if store.add(f"rank {rank} joined", 1) > 1:
