@@ -13,6 +13,8 @@ from tests.chaos.cluster import Cluster
 from tests.chaos.ledger import Ledger
 from tests.chaos.troubles import Troubles
 
+WARM_SECONDS = 5.0
+
 Event = Callable[[Cluster, Troubles], Awaitable[list[str]]]  # returns faults, in words
 
 
@@ -36,6 +38,7 @@ async def run(folder: Path, layout: Sequence[int], seed: int, workers: int, even
         ledger, troubles = Ledger(cluster, dice), Troubles(cluster, dice)
         await ledger.learn()
         await ledger.ask_all()
+        await _load(ledger, workers, WARM_SECONDS)  # so that what is kept for later, such as connections, is there
         before = await _at_rest(cluster)
         batch = Batch(cluster)
         await batch.begin()
@@ -53,6 +56,16 @@ async def run(folder: Path, layout: Sequence[int], seed: int, workers: int, even
         await ledger.close()
         faults += cluster.wrong_usage()
     return Report(troubles.kills, troubles.counts, ledger.outcomes, ledger.faults + faults)
+
+
+async def _load(ledger: Ledger, workers: int, seconds: float) -> None:
+    """So many requests at a time, and nothing happens meanwhile."""
+    over = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(workers):
+            tasks.create_task(ledger.work(over))
+        await asyncio.sleep(seconds)
+        over.set()
 
 
 async def _at_rest(cluster: Cluster) -> Holdings:
