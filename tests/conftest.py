@@ -18,6 +18,10 @@ if os.environ.get("LORAPLEX_TEST_DEVICE") != "cuda":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"
 
+# As in ranks, whose processes that read adapters are forks: gRPC would start its threads again there, so that one which
+# hangs would look busy.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 # There is no time limit per example, because a machine that stalls would exceed it.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -25,7 +25,7 @@ class Process:
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: str | None = None) -> None:
         command = [sys.executable, "-m", self.module, *arguments]
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("LORAPLEX_", "GRPC_"))}
         environment = {**clean, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "0", **(env or {})}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd)
         self.log = ""

@@ -14,6 +14,7 @@ import pytest
 from loraplex_protos.errors import BatchNotFoundError, InvalidRequestError, UnavailableError
 from loraplex_router.batches import batches, bucket_job, layout, lease, objects
 from loraplex_router.batches.bucket import BatchBucket
+from loraplex_router.batches.job import TakenOverError
 from loraplex_router.batches.lease import Lease
 from loraplex_router.batches.objects import ConflictError, Objects
 from loraplex_router.batches.opening import open_batches
@@ -124,12 +125,12 @@ def test_a_router_that_writes_late_neither_repeats_nor_loses_a_line(s3: StandInS
     answer(heir, 2)
     answer(late, 2, 3)
     answer(late, 4, status=500)
-    with pytest.raises(ConflictError):
+    with pytest.raises(TakenOverError):
         late.save()  # its answers are there, but not its record
     answer(heir, 3, 4)
     answer(heir, 5, status=400)
     heir.finish(Status.COMPLETED)
-    with pytest.raises(ConflictError):
+    with pytest.raises(TakenOverError):
         late.finish(Status.COMPLETED)
     done = one.batch("", record.id)
     assert done.status is Status.COMPLETED
@@ -156,7 +157,7 @@ def test_a_router_that_ends_a_batch_after_another_one_did_deletes_its_files(
         running(other, record.id).finish(Status.COMPLETED)
 
     monkeypatch.setattr(one, "upload", stopped)
-    with pytest.raises(ConflictError):
+    with pytest.raises(TakenOverError):
         late.finish(Status.COMPLETED)
     done = one.batch("", record.id)
     assert done.status is Status.COMPLETED and sorted(answered(one, done.output_file_id)) == ["line 0", "line 1"]
@@ -312,6 +313,26 @@ async def test_a_store_that_hangs_or_refuses_is_unavailable_and_batches_go_on_la
         batch = await ended(client, batch)
         found = await rows(client, batch.output_file_id)
     assert sorted(row["custom_id"] for row in found) == sorted(f"line {n}" for n in range(20))
+
+
+async def test_a_router_that_was_stopped_leaves_its_batch_to_the_one_that_took_it_over(
+    s3: StandInS3, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "loraplex_router.batches")
+    world = World(URL)
+    client = world.client()
+    world.setup.shards.loads_held.clear()  # lines of the adapter wait
+    body = {"model": "a", "prompt": "A", "max_tokens": 5, "temperature": 0}
+    async with world.running():
+        batch = await create(client, text(*(line(n, body=body) for n in range(20))))
+        async with asyncio.timeout(60):
+            while "20 of 20 lines remain" not in caplog.text:
+                await asyncio.sleep(0.05)
+        await asyncio.to_thread(running, bucket(), batch.id)  # by a router that took over while this one was stopped
+        world.setup.shards.loads_held.set()
+        batch = await ended(client, batch)
+    assert f"batch {batch.id}: another router runs it now" in caplog.text and "Traceback" not in caplog.text
+    assert batch.request_counts.completed == 20
 
 
 def test_files_are_counted_and_old_objects_deleted_by_the_stores_clock(

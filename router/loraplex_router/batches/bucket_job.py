@@ -22,7 +22,7 @@ import orjson
 
 from loraplex_protos.errors import UnavailableError
 from loraplex_router.batches import layout
-from loraplex_router.batches.job import Job, Place
+from loraplex_router.batches.job import Job, Place, TakenOverError
 from loraplex_router.batches.objects import ConflictError, Objects
 from loraplex_router.batches.reading import split_lines, unhurried
 from loraplex_router.batches.records import BatchRecord, Status, new_file_id
@@ -71,7 +71,7 @@ class BucketJob(Job):
     def end(self, status: Status) -> None:
         try:
             super().end(status)
-        except ConflictError:
+        except TakenOverError:
             self._bucket.remove_files(self.tenant, [self.record.output_file_id, self.record.error_file_id])
             raise
         self._bucket.forget(self.record.id)
@@ -127,8 +127,12 @@ class BucketJob(Job):
         except ConflictError:
             found = self._bucket.objects.find(path)
             if found is None or orjson.loads(found.content).get("run") != self._run:
-                raise
-            self._version = replace(path, content, found.version)  # after a write of this run that was not answered
+                raise TakenOverError from None
+            # After a write of this run that was not answered.
+            try:
+                self._version = replace(path, content, found.version)
+            except ConflictError:
+                raise TakenOverError from None
 
     def _publish(self) -> None:
         record = self.record

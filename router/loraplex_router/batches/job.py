@@ -26,6 +26,10 @@ EXPIRED = {
 GONE = LineError(code="input_file_not_found", message="The input file does not exist any more.")
 
 
+class TakenOverError(Exception):
+    """Another router has written down how far the batch is, and runs it now."""
+
+
 class Place(Protocol):
     """What every job asks of the place where files and batches are kept."""
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from loraplex_protos.errors import BatchNotFoundError, OverloadedError, UnavailableError
 from loraplex_router.batches.batches import Batches
-from loraplex_router.batches.job import Job
+from loraplex_router.batches.job import Job, TakenOverError
 from loraplex_router.batches.reading import Line
 from loraplex_router.batches.records import BatchRecord, Status
 from loraplex_router.fair_slots import FairSlots
@@ -98,13 +98,15 @@ class BatchRunner:
                 except BatchNotFoundError:
                     status = await work(job.lose_input)
                 except asyncio.CancelledError:  # the router stops: what it has is for the next one
-                    with suppress(OSError, UnavailableError, TimeoutError):
+                    with suppress(OSError, UnavailableError, TakenOverError, TimeoutError):
                         async with asyncio.timeout(SAVE_SECONDS):
                             await work(job.save)
                     raise
                 if status:
                     await work(job.finish, status)
                 logger.info("batch %s: %s", id, status or "another router may run it now")
+        except TakenOverError:
+            logger.info("batch %s: another router runs it now", id)
         except UnavailableError as error:
             logger.warning("batch %s stopped; it is tried again in %g s: %s", id, LONGEST_WAIT, error)
             await asyncio.sleep(LONGEST_WAIT)
