@@ -289,7 +289,7 @@ def test_adapters_and_the_live_picture_are_those_of_the_server(page: Page, serve
     row = page.get_by_role("row", name="sentiment")
     used = page.request.get(f"{served.url}/usage", headers={"Authorization": f"Bearer {KEY}"}).json()["usage"]
     tokens = sum(one["prompt_tokens"] + one["generated_tokens"] for one in used if one["adapter"] == "sentiment")
-    expect(row).to_contain_text(f"sentiment{loaded['tier']}loaded{loaded['lora_rank']}712.5 kB{tokens}")
+    expect(row).to_contain_text(f"sentiment{loaded['tier']}loaded{loaded['lora_rank']}1.4 MB{tokens}")
     row.get_by_role("button", name="Chat").click()
     set_fields(page, max_tokens="1000", temperature="1")
     toggle(page, "sql")
