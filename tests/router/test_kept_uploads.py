@@ -4,8 +4,10 @@ import asyncio
 import os
 import tarfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -21,8 +23,9 @@ from loraplex_protos.errors import (
 )
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_AVAILABLE as AVAILABLE
 from loraplex_router.access import followed_file, replaced_file
-from loraplex_router.adapters import registry_file
+from loraplex_router.adapters import registry_file, upload_folder
 from loraplex_router.adapters.registry_content import read_registry
+from loraplex_router.adapters.upload_folder import LEFT, LEFT_SECONDS
 from loraplex_router.vocabulary.references import AdapterReference
 from tests.router.test_registry import write
 from tests.router.test_replicas import Cluster, request
@@ -44,7 +47,16 @@ async def routers(path: Path) -> AsyncIterator[tuple[Cluster, Cluster]]:
 
 
 def kept(path: Path) -> list[Path]:
-    return sorted(path.with_name(f"{path.name}.uploads").glob("*"))
+    return [file for file in sorted(folder(path).glob("*")) if file.suffix != LEFT]
+
+
+def leaving(path: Path) -> list[Path]:
+    """Uploads that the registry no longer names."""
+    return sorted(folder(path).glob(f"*{LEFT}"))
+
+
+def folder(path: Path) -> Path:
+    return path.with_name(f"{path.name}.uploads")
 
 
 async def served(cluster: Cluster, adapter: str, **options: object) -> tuple[str, str]:
@@ -204,6 +216,86 @@ async def test_running_sequences_of_a_version_that_another_router_replaced_survi
     (delta,) = await running.collect()
     assert len(delta.samples) == 100
     there.service.requests.close(running)
+
+
+async def test_a_router_that_does_not_know_yet_serves_what_another_one_replaced(routers: tuple[Cluster, Cluster]):
+    here, there = routers
+    version = await upload(here, b"one")
+    await there.registry_file.reread()
+    for content in (b"two", b"three"):
+        await upload(here, content)
+    assert (await served(there, "policy"))[0] == f"policy@{version}"
+    await there.registry_file.reread()
+    assert await served(there, "policy") == await served(here, "policy")
+
+
+async def test_what_the_registry_no_longer_names_is_deleted_after_a_while(
+    routers: tuple[Cluster, Cluster], path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    here, there = routers
+    for content in (b"one", b"two", b"three"):
+        await upload(here, content)
+    await upload(here, b"one", "other")
+    await here.service.adapters.remove("other", None)
+    assert (len(kept(path)), len(leaving(path))) == (1, 3)
+    monkeypatch.setattr(followed_file, "LOOK_SECONDS", 0.001)
+    following = asyncio.create_task(there.registry_file.follow())  # here might have died
+    now = time.time()
+    for file, age in zip(leaving(path), (0, LEFT_SECONDS - 60, LEFT_SECONDS + 60), strict=True):
+        os.utime(file, (now - age, now - age))
+    there.registry_file._tidy_at = 0.0
+    async with asyncio.timeout(10):
+        while len(leaving(path)) > 2:
+            await asyncio.sleep(0.001)
+        monkeypatch.setattr(upload_folder, "LEFT_SECONDS", -1.0)
+        there.registry_file._tidy_at = 0.0
+        while leaving(path):
+            await asyncio.sleep(0.001)
+    assert len(kept(path)) == 1
+    following.cancel()
+
+
+async def test_what_was_replaced_takes_no_room_from_new_uploads(
+    routers: tuple[Cluster, Cluster], path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    here = routers[0]
+    await upload(here, b"one")
+    size = kept(path)[0].stat().st_size
+    monkeypatch.setattr(here.registry_file.uploads, "_most", 4 * size)
+    versions = [await upload(here, b"one") for _ in range(5)]
+    assert sum(file.stat().st_size for file in kept(path) + leaving(path)) <= 4 * size
+    assert len(leaving(path)) == 3  # the newest ones
+    assert (await served(here, "policy"))[0] == f"policy@{versions[-1]}"
+
+    replace, full = upload_folder.replace_file, OSError(28, "No space left on device")
+    tries = iter([full])
+
+    def replace_once_there_is_room(file: Path, write: Callable[[IO[bytes]], object]) -> os.stat_result:
+        for error in tries:
+            raise error
+        assert not leaving(path)
+        return replace(file, write)
+
+    monkeypatch.setattr(upload_folder, "replace_file", replace_once_there_is_room)
+    await upload(here, b"two", "other")
+    assert len(kept(path)) == 2
+
+
+async def test_uploads_take_no_descriptors(routers: tuple[Cluster, Cluster]):
+    here, there = routers
+
+    def descriptors() -> set[str]:
+        found = set()
+        for descriptor in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):
+                found.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return found
+
+    for number in range(3):
+        await upload(here, b"one", f"policy-{number}")
+        await there.registry_file.reread()
+        await served(there, f"policy-{number}")
+    assert not [name for name in descriptors() if "uploads" in name]
 
 
 async def test_uploads_take_no_more_of_the_disk_than_they_may(

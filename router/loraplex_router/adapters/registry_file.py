@@ -7,7 +7,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +20,7 @@ from loraplex_router.access.replaced_file import replace_file
 from loraplex_router.adapters.registry import Registered, Registry
 from loraplex_router.adapters.registry_content import RegistryFileError, faulty, write_registry
 from loraplex_router.adapters.registry_process import read_registry_beside
-from loraplex_router.adapters.upload_folder import UploadFolder
+from loraplex_router.adapters.upload_folder import LEFT_SECONDS, UploadFolder
 from loraplex_router.vocabulary.references import AdapterReference, Version
 
 WAIT_SECONDS = 5.0  # for a look at the file; what is known is served without one
@@ -46,6 +48,7 @@ class RegistryFile:
         self._known: tuple[tuple[int, ...], Registered] | None = None  # what the file said in a state of it
         self._changing, self._looking = asyncio.Lock(), asyncio.Lock()
         self._next_look: asyncio.Task[None] | None = None  # which has not begun
+        self._tidy_at = 0.0 if self.writable else inf  # by time.monotonic
         registry.update(self._read())
 
     Edit = Callable[[Registered], Registered]
@@ -73,7 +76,7 @@ class RegistryFile:
                 written = write_registry(changed, self._path.suffix == ".json").encode()
                 state = state_of(replace_file(path, lambda file: file.write(written)))
                 self._known = None if faulty(changed) else (state, changed)  # faults know their lines
-                self.uploads.keep_only(_uploads(changed), _uploads(former))
+                self._tidy(changed, former)
                 return state, self._opened(self._content())
         except RegistryFileError as error:
             raise AdapterConflictError(f"the registry file is wrong, mend it first: {error.message}") from error
@@ -88,15 +91,21 @@ class RegistryFile:
         content = self._content()
         for version in faulty(content):
             logger.error("the adapter %s of the registry cannot be served: %s", version, version.fault)
-        while True:
-            opened = self._opened(content)
-            missing = [id for id in _uploads(content) if not self.uploads.has(id)]
-            former, content = content, self._content() if missing else content
-            if content == former:  # otherwise another router has replaced an upload meanwhile
-                break
-        if missing:
+        opened = self._opened(content)
+        if missing := [id for id in _uploads(content) if not self.uploads.has(id)]:
             logger.error("uploads in the adapter registry are not in %s: %s", self.uploads.path, ", ".join(missing))
         return opened
+
+    def _tidy(self, content: Registered, former: Registered) -> None:
+        """Leaves the uploads that only the former content names, and deletes those that were left long ago."""
+        later = self.uploads.keep_only(_uploads(content), _uploads(former))
+        self._tidy_at = time.monotonic() + LEFT_SECONDS if later else inf
+
+    def _tidy_again(self) -> None:
+        self._tidy_at = time.monotonic() + LEFT_SECONDS
+        with suppress(RegistryFileError):  # which is reported when the file is looked at
+            content = self._content()
+            self._tidy(content, content)
 
     def _content(self) -> Registered:
         """What the file says now. It is read if it has changed. Raises RegistryFileError."""
@@ -122,7 +131,7 @@ class RegistryFile:
 
     def _open(self, versions: Mapping[int, Version]) -> dict[int, Version]:
         return {
-            number: replace(version, origin=self.uploads.open(version.origin.id))
+            number: replace(version, origin=self.uploads.find(version.origin.id))
             if version.uploaded and not version.fault
             else version
             for number, version in versions.items()
@@ -135,10 +144,13 @@ class RegistryFile:
                 self._gone(version)
 
     async def follow(self) -> None:
-        """Looks at the file periodically, until cancelled."""
+        """Looks at the file periodically, until cancelled, and deletes uploads that were left."""
         while True:
             await asyncio.sleep(followed_file.LOOK_SECONDS)
             await self.look()
+            if self._tidy_at < time.monotonic():
+                async with self._changing:
+                    await self._file.run(self._tidy_again)
 
     async def look(self) -> None:
         """Takes up what the file says, if it has changed. Keeps the old content while the file is invalid, and does not

@@ -1,7 +1,8 @@
 """The folder beside the registry file in which uploaded adapters are kept. Routers may share it.
 
-An upload is ID.tar, an archive of its files. It is complete before the registry file names it, and is deleted once no
-version there is of it any more.
+An upload is ID.tar, an archive of its files. It is complete before the registry file names it. Once no version there is
+of it any more, it is called ID.left: another router may not know that yet, and requests that began with it may have to
+move to another replica. It is deleted later, or as soon as other uploads need its room.
 """
 
 import asyncio
@@ -22,11 +23,12 @@ from loraplex_protos.errors import AdapterSourceError, OverloadedError
 from loraplex_router.access.replaced_file import replace_file
 from loraplex_router.vocabulary.references import Upload
 
-FORGOTTEN_SECONDS = 3600.0  # after which an upload that no version ever named, since its router died, is deleted
-PART = 1 << 24  # bytes read at a time
+LEFT_SECONDS = 600.0  # after which an upload that the registry no longer names is deleted
+FORGOTTEN_SECONDS = 3600.0  # after which one is that no version ever named, since its router died
+KEPT, LEFT = ".tar", ".left"
 T = TypeVar("T")
 
-_NAME = re.compile(r"[0-9a-f]{32}\.tar|\.[0-9a-f]{32}\.tar\.new")
+_NAME = re.compile(rf"[0-9a-f]{{32}}({KEPT}|{LEFT})|\.[0-9a-f]{{32}}{KEPT}\.new")
 
 
 class UploadFolder:
@@ -37,7 +39,7 @@ class UploadFolder:
         self.path = path
         self._most = most_bytes
         self._threads = ThreadPoolExecutor(4, "uploads")
-        self._opened = weakref.WeakValueDictionary[str, Upload]()
+        self._found = weakref.WeakValueDictionary[str, Upload]()
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Calls a function on a thread that only uploads wait for: the folder's disk may hang."""
@@ -45,7 +47,7 @@ class UploadFolder:
 
     def check_room(self, size: int) -> None:
         """Raises OverloadedError if there is no room for an upload."""
-        free = self._most - sum(status.st_size for _, status in self._files())
+        free = self._most - sum(status.st_size for path, status in self._files() if path.suffix != LEFT)
         if size > free:
             why = f"the upload has {size} bytes, but only {free} of --adapter-uploads-mib are free: remove another one"
             raise OverloadedError(why)
@@ -53,40 +55,74 @@ class UploadFolder:
     def add(self, upload: Upload) -> Upload:
         """Writes an upload down, which is read from the disk from then on. Raises OverloadedError if there is no room,
         OSError if it cannot be written."""
+        files = upload.read()
+        size = sum(map(len, files.values()))
         self.path.mkdir(exist_ok=True)
-        self.check_room(sum(map(len, upload.read().values())))
-        replace_file(self._file(upload.id), partial(_write, upload.read()))
-        return self.open(upload.id)
-
-    def open(self, id: str) -> Upload:
-        """An upload, which can then be read even after another router has deleted it. If there is none, its `read`
-        raises AdapterSourceError."""
-        known = self._opened.get(id)
-        if known is not None:
-            return known
+        self.check_room(size)
+        self._delete_left(self._most - size)
         try:
-            descriptor = os.open(self._file(id), os.O_RDONLY)
-        except OSError as error:
-            return Upload(partial(_refuse, f"its upload {id} cannot be read: {error.strerror}"), id)
-        upload = self._opened[id] = Upload(partial(_read, descriptor, id), id)
-        weakref.finalize(upload, os.close, descriptor)
+            replace_file(self._file(upload.id), partial(_write, files))
+        except OSError:  # the disk may be full
+            self._delete_left(0)
+            replace_file(self._file(upload.id), partial(_write, files))
+        return self.find(upload.id)
+
+    def find(self, id: str) -> Upload:
+        """An upload. If there is none, its `read` raises AdapterSourceError."""
+        upload = self._found.get(id)
+        if upload is None:
+            upload = Upload(partial(self._read, id), id)
+            if any(self._file(id, suffix).exists() for suffix in (KEPT, LEFT)):
+                self._found[id] = upload
         return upload
 
     def has(self, id: str) -> bool:
-        return id in self._opened
+        """Whether `find` has found it."""
+        return id in self._found
 
-    def keep_only(self, ids: Collection[str], former: Collection[str]) -> None:
-        """Deletes the uploads that are not among `ids` any more, but were among `former` ones, and forgotten ones."""
+    def keep_only(self, ids: Collection[str], former: Collection[str]) -> bool:
+        """Uploads that are not among `ids` any more, but were among `former` ones, are left; deletes those that were
+        left long ago, and forgotten ones. Returns whether any are to be deleted later."""
         gone = [(path, status) for path, status in self._files() if path.stem not in ids]
-        now = self._now() if gone else 0.0
+        now, later = self._now() if gone else 0.0, False
         for path, status in gone:
-            if path.stem in former or status.st_mtime + FORGOTTEN_SECONDS < now:
-                with suppress(OSError):
+            with suppress(OSError):
+                if path.suffix == KEPT and path.stem in former:
+                    os.utime(path)
+                    path.rename(path.with_suffix(LEFT))
+                    later = True
+                elif status.st_mtime + (LEFT_SECONDS if path.suffix == LEFT else FORGOTTEN_SECONDS) < now:
                     path.unlink()
+                else:
+                    later = True
+        return later
 
     def remove(self, id: str) -> None:
         with suppress(OSError):
             self._file(id).unlink()
+
+    def _read(self, id: str) -> Mapping[str, memoryview]:
+        """Raises AdapterSourceError."""
+        try:
+            try:
+                data = memoryview(self._file(id).read_bytes())
+            except FileNotFoundError:
+                data = memoryview(self._file(id, LEFT).read_bytes())
+            with tarfile.open(fileobj=BytesIO(data)) as archive:
+                return {each.name: data[each.offset_data :][: each.size] for each in archive}
+        except (OSError, tarfile.TarError) as error:
+            why = (isinstance(error, OSError) and error.strerror) or error  # without the path
+            raise AdapterSourceError(f"its upload {id} cannot be read: {why}") from error
+
+    def _delete_left(self, most: int) -> None:
+        """Deletes the oldest of those that are left, until all files together have at most so many bytes."""
+        files = sorted(self._files(), key=lambda file: file[1].st_mtime)
+        size = sum(status.st_size for _, status in files)
+        for path, status in files:
+            if path.suffix == LEFT and size > most:
+                size -= status.st_size
+                with suppress(OSError):
+                    path.unlink()
 
     def _now(self) -> float:
         """By the clock that dates the files, which may be another machine's; 0 if it cannot be known."""
@@ -103,8 +139,8 @@ class UploadFolder:
                 if _NAME.fullmatch(path.name):
                     yield path, path.stat()
 
-    def _file(self, id: str) -> Path:
-        return self.path / f"{id}.tar"
+    def _file(self, id: str, suffix: str = KEPT) -> Path:
+        return self.path / f"{id}{suffix}"
 
 
 def _write(files: Mapping[str, memoryview], to: IO[bytes]) -> None:
@@ -113,20 +149,3 @@ def _write(files: Mapping[str, memoryview], to: IO[bytes]) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, BytesIO(data))
-
-
-def _read(descriptor: int, id: str) -> Mapping[str, memoryview]:
-    """Raises AdapterSourceError."""
-    try:
-        data = bytearray()
-        while part := os.pread(descriptor, PART, len(data)):
-            data += part
-        with tarfile.open(fileobj=BytesIO(data)) as archive:
-            found = {each.name: memoryview(data)[each.offset_data :][: each.size] for each in archive}
-    except (OSError, tarfile.TarError) as error:
-        raise AdapterSourceError(f"its upload {id} cannot be read: {error}") from error
-    return found
-
-
-def _refuse(why: str) -> Mapping[str, memoryview]:
-    raise AdapterSourceError(why)
