@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_router.engine.pool": {"loraplex_router.vocabulary", "loraplex_protos.errors"},
     "loraplex_router.engine.scheduler": {
         f"loraplex_router.engine.{name}"
-        for name in ("blocks", "fairness", "places", "pool", "prefixes", "queues", "slots", "turns")
+        for name in ("blocks", "fairness", "places", "pool", "prefixes", "prompt_budget", "queues", "slots", "turns")
     }
     | {"loraplex_router.vocabulary"},
     "loraplex_router.engine.turns": {
@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loraplex_router.engine.entitlement": {f"loraplex_router.engine.{name}" for name in ("fairness", "pool", "queues")}
     | {"loraplex_router.vocabulary"},
     "loraplex_router.engine.prefixes": {"loraplex_router.engine.blocks", "loraplex_router.vocabulary"},
+    "loraplex_router.engine.prompt_budget": {"loraplex_router.engine.fairness", "loraplex_router.vocabulary"},
     "loraplex_router.engine.queues": {"loraplex_router.vocabulary"},
     "loraplex_router.engine.fairness": {"loraplex_router.vocabulary"},
     "loraplex_router.engine.kv_shares": {"loraplex_router.vocabulary"},

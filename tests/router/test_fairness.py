@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraplex_router.engine import fairness
 from loraplex_router.engine.fairness import DECODE, PREFILL
-from loraplex_router.vocabulary.sequence import Sequence
+from loraplex_router.engine.scheduler import SHORT
+from loraplex_router.vocabulary.sequence import Plan, Sequence
 from tests.router.test_scheduler import BLOCK, World, expected
 
 ROWS = 8
@@ -122,7 +124,7 @@ def test_the_step_of_a_newcomers_first_token_computes_no_prompts_of_a_flood() ->
     for turn in range(12):
         for _ in range(3):
             world.step()
-        newcomer = world.submit("", [1, turn, 1, 1, 1], 4, tenant="quiet")
+        newcomer = world.submit("", [1, turn] * 10, 4, tenant="quiet")  # too long for a step of its own
         while newcomer.row is None:
             world.step()
         (plan,) = [plan for plan, _ in world.in_flight if newcomer in plan.starts]
@@ -133,6 +135,75 @@ def test_the_step_of_a_newcomers_first_token_computes_no_prompts_of_a_flood() ->
     assert met  # prompts that would have been computed
     world.run(20000)
     assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
+
+
+@pytest.mark.parametrize("adapter", ["", "a"])
+def test_a_newcomers_short_prompt_is_a_step_of_its_own_and_all_decodes_are_in_the_next_one(adapter: str) -> None:
+    world = World(blocks=1000, rows=2 * ROWS, budget=64)
+    world.submit("a", [1], 1)
+    world.run()
+    for number in range(ROWS + 4):
+        world.submit("", [number] * 5, 200, tenant="loud")
+    for _ in range(6):
+        world.step()
+    first = world.submit(adapter, [2] * 10, 5, tenant="quiet 2")
+    plans = next_plans(world, 1)
+    third = world.submit(adapter, [3] * 10, 5, tenant="quiet 3")  # decodes wait for one plan, not for two
+    plans += next_plans(world, 2)
+    fourth = world.submit(adapter, [4] * 10, 5, tenant="quiet 4")
+    plans += next_plans(world, 1)
+    newcomers = [{chunk.sequence for chunk in plan.chunks} for plan in plans]
+    loud = {sequence for sequence in world.sequences if sequence.tenant == "loud" and sequence.row is not None}
+    assert [newcomers[0], newcomers[3]] == [{first}, {fourth}]
+    assert newcomers[1] >= loud | {third}
+    assert newcomers[2] >= loud | {first, third}
+    world.run(20000)
+    assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
+
+
+def test_a_newcomers_step_contains_decodes_where_nobody_dominates() -> None:
+    world = World(blocks=1000, rows=2 * ROWS, budget=64)
+    for number in range(12):
+        world.submit("", [number] * 5, 200, tenant=f"steady {number % 4}")
+    for _ in range(6):
+        world.step()
+    newcomer = world.submit("", [99] * 10, 5, tenant="quiet")
+    (plan,) = next_plans(world, 1)
+    assert {chunk.sequence for chunk in plan.chunks} == set(world.sequences)
+    assert newcomer in plan.starts
+
+
+def test_prompts_of_a_flood_take_a_part_of_a_step_while_others_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairness, "LATELY", 20)
+    world = World(blocks=1000, rows=ROWS, budget=64)
+    for number in range(400):
+        world.submit("", [number] * 60, 4, tenant="loud")
+
+    def tokens_of_prompts(plans: int) -> list[int]:
+        return [
+            sum(chunk.length for chunk in plan.chunks if chunk.start + chunk.length <= chunk.sequence.prompt_length)
+            for plan in next_plans(world, plans)
+        ]
+
+    assert min(tokens_of_prompts(10)) > 64 - ROWS
+    newcomer = world.submit("", [1, 2, 3], 3, tenant="quiet")
+    while not newcomer.finished:
+        world.step()
+    found = tokens_of_prompts(40)
+    assert max(found[:15]) == 64 * SHORT
+    assert min(found[25:]) > 64 - ROWS
+    world.run(20000)
+
+
+def next_plans(world: World, count: int) -> list[Plan]:
+    """The next ones that are made."""
+    found: list[Plan] = []
+    while len(found) < count:
+        before = world.steps
+        assert world.step()
+        if world.steps > before:
+            found.append(world.last)
+    return found
 
 
 def test_an_adapter_without_running_sequences_gets_a_row_even_if_another_one_of_its_tenant_has_them_all() -> None:

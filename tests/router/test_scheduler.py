@@ -106,6 +106,7 @@ class World:
 
     def execute(self, plan: Plan) -> list[list[int]]:
         self.steps += 1
+        self.last = plan
         assert sum(chunk.length for chunk in plan.chunks) <= self.budget
         slots = [chunk.slot for chunk in plan.chunks]
         assert slots == sorted(slots)

@@ -17,6 +17,8 @@ falls behind, and waits until those who gave way have caught up: each of them re
 than they cost, and the counters of tenants that wait differ by at most the paper's bound and one such cost.
 
 Background sequences have shares of their own, and take no places from others.
+
+A tenant dominates while it has most of the running sequences and there are others, or were lately and may come back.
 """
 
 from collections import Counter
@@ -27,6 +29,7 @@ from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.sequence import Payer, Sequence
 
 PREFILL, DECODE = 1.0, 2.0  # what a token costs: the paper's weights
+LATELY = 256  # plans
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +62,7 @@ class Shares:
         self._active: dict[Payer, Share] = {}  # those that have work
         self._last = 0.0  # the counter of the last one that had work
         self._background = 0  # how many of the active ones are background shares
+        self._several_for = 0  # plans, until those who had work lately are forgotten
 
     def of(self, sequence: Sequence) -> Share:
         return self._all[sequence.payer]
@@ -72,6 +76,18 @@ class Shares:
     def background(self) -> bool:
         """Whether background sequences run or wait."""
         return self._background > 0
+
+    def begin_plan(self) -> None:
+        several = len(self._active) - self._background > 1
+        self._several_for = LATELY if several else max(0, self._several_for - 1)
+
+    def dominant(self) -> Payer | None:
+        """The tenant that dominates."""
+        if not self._several_for:
+            return None
+        running = {payer: share.total for payer, share in self._active.items() if not payer.background}
+        most = max(running, key=running.__getitem__, default=None)
+        return most if most and running[most] > max(1, sum(running.values()) / 2) else None
 
     def weight(self, payer: Payer) -> float:
         return self._all[payer].weight

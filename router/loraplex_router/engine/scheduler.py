@@ -2,10 +2,12 @@
 
 Each step mixes decodes and prefill chunks of any adapters under one token budget: first the decodes, then prefills and
 new sequences, starting with the tenant that received the least service; within a tenant, running prefills before new
-sequences. Prompt tokens whose logprobs are wanted take more of the budget, since they take longer. A plan with the
-first token of a tenant is not made longer by prompts of a tenant with much more. Blocks are allocated as sequences
-grow. When they run out, a sequence without a chunk in the step is preempted, the youngest of the tenant that received
-most service: it gives up its blocks and is recomputed later.
+sequences. Prompt tokens whose logprobs are wanted take more of the budget, since they take longer. Blocks are allocated
+as sequences grow. When they run out, a sequence without a chunk in the step is preempted, the youngest of the tenant
+that received most service: it gives up its blocks and is recomputed later.
+
+Others' prompts delay a newcomer's first token no more than they must: see prompt_budget.py. While a tenant dominates
+(see fairness.py), newcomers' short prompts are computed in a step of their own, before the decodes.
 
 New sequences: fairness.py decides whose turn it is, among tenants and their adapters, and who yields places if all rows
 or blocks are taken. An adapter may start sequences if it is on the device and entitled: see entitlement.py.
@@ -16,13 +18,12 @@ are the blocks before, which all of its adapters then share.
 
 A tenant of which nothing runs does not wait for a slot until sequences of others end, if it is entitled to one.
 
-Background sequences are computed while there is nothing else to compute, in shorter steps, since a newcomer may have to
-wait for one. In the meantime they wait with their rows and blocks, but give up rows, blocks and slots that others need.
+Background sequences are computed while there is nothing else to compute, and their prompts take a part of a step, too.
+In the meantime they wait with their rows and blocks, but give up rows, blocks and slots that others need.
 
 Suspects (see suspects.py) are computed in plans of their own, which alternate with the other plans.
 """
 
-import heapq
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -34,6 +35,7 @@ from loraplex_router.engine.fairness import Shares
 from loraplex_router.engine.places import Places
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.engine.prefixes import Prefixes
+from loraplex_router.engine.prompt_budget import PromptBudget
 from loraplex_router.engine.queues import Queues
 from loraplex_router.engine.slots import SlotChanges, Slots
 from loraplex_router.engine.turns import Turns
@@ -45,7 +47,7 @@ MAX_STARTED = 2**16
 # What a prompt token whose logprobs are wanted takes of the budget. It takes 1.3 to 1.4 times as long as a plain one
 # with SmolLM2-135M on a CPU, whose lm head is a fifth of its weights, and less with larger models.
 SCORED_COST = 1.5
-BACKGROUND_STEP = 4  # a background step has at most one part in so many of the tokens of others
+SHORT = 1 / 4  # the part of a step's tokens for prompts that newcomers may have to wait for, or for newcomers alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class Scheduler:
         self._turns = Turns(self._queues, self._shares, self._places, self._slots)
         self._suspects: set[Sequence] = set()
         self._alone = True  # whether the last plan was a suspect's
+        self._ahead = False  # whether the last plan of others was of newcomers alone
         self.num_preemptions = 0  # for lack of blocks
         self.num_yields = 0  # for fairness
 
@@ -165,6 +168,7 @@ class Scheduler:
         """The next plan, or None if there is nothing to compute. It counts as executed from now on: later plans follow
         it on every rank. `background`: whether it may be for background sequences."""
         self._slots.begin_plan()
+        self._shares.begin_plan()
         self._places.begin_plan()
         self._turns.begin_anew()
         for alone in (not self._alone, self._alone):
@@ -175,9 +179,13 @@ class Scheduler:
 
     def _plan_together(self, background: bool) -> Plan | None:
         may_start, passed, taker = self._yield_places()
+        dominant = self._shares.dominant()
+        if dominant and may_start and not self._ahead and (plan := self._plan_newcomers(passed, taker)):
+            self._ahead = True
+            return plan
+        self._ahead = False
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
-        firsts: list[tuple[float, int, Sequence]] = []  # those whose first token comes with the plan: see _makes_way
         budget, started = self._limits.max_batch_tokens, 0
         running = (
             [sequence for sequence in self._places.running if not sequence.suspect]
@@ -185,9 +193,7 @@ class Scheduler:
             else self._places.running
         )
         foreground = not self._shares.background or not background or self._has_foreground(may_start, passed)
-        if not foreground:
-            budget = max(self._limits.max_sequences, budget // BACKGROUND_STEP)
-        elif self._shares.background:
+        if foreground and self._shares.background:
             running = [sequence for sequence in running if not sequence.background]
         work = [(sequence, sequence.remaining) for sequence in running]
         decodes = [item for item in work if item[1] == 1]
@@ -197,13 +203,15 @@ class Scheduler:
         for sequence, remaining in decodes:
             if budget and sequence.row is not None:  # still, or an older one has just taken its blocks
                 budget -= self._extend(sequence, remaining, budget, chunks)
+        tokens = budget if foreground else min(budget, self._part)
+        prompts = PromptBudget(self._shares, tokens, dominant, self._part)
         prefills.sort(key=lambda item: self._shares.of(item[0]).order, reverse=True)
-        while budget:
+        while prompts.left:
             head = (taker or self._turns.next(passed)) if may_start and started < MAX_STARTED else None
             if (
                 head is None
                 or (head.background and foreground)
-                or self._makes_way(head, firsts)
+                or not (room := prompts.of(head))
                 or not self._find_room(head, chunks)
             ):
                 head, may_start = None, False  # others must not overtake it, or it might wait forever
@@ -215,21 +223,32 @@ class Scheduler:
                 sequence, remaining = head, head.remaining
             elif prefills:
                 sequence, remaining = prefills.pop()
-                if sequence.row is None or self._makes_way(sequence, firsts):
+                if sequence.row is None or not (room := prompts.of(sequence)):
                     continue
             else:
                 break
-            budget -= self._extend(sequence, remaining, budget, chunks)
-            if not sequence.output_length and sequence.computed == len(sequence.tokens):
-                heapq.heappush(firsts, (self._shares.of(sequence).next_place, sequence.number, sequence))
+            prompts.take(sequence, self._extend(sequence, remaining, room, chunks))
         return self._plan(starts, chunks) if chunks else None
 
-    def _makes_way(self, sequence: Sequence, firsts: list[tuple[float, int, Sequence]]) -> bool:
-        """Whether its prompt has to wait for the next step, so that the first tokens of others, who have much less,
-        come sooner. `firsts`: a heap of these, by what their tenants have; in the meantime they may have more."""
-        while firsts and firsts[0][0] < (now := self._shares.of(firsts[0][-1]).next_place):
-            heapq.heapreplace(firsts, (now, *firsts[0][1:]))
-        return bool(firsts) and self._shares.has_much_more(sequence, firsts[0][-1])
+    @property
+    def _part(self) -> int:
+        return max(1, int(self._limits.max_batch_tokens * SHORT))
+
+    def _plan_newcomers(self, passed: Payer | None, taker: Sequence | None) -> Plan | None:
+        """Plans the short prompts of tenants of which nothing runs, if it is their turn."""
+        chunks: dict[Sequence, Chunk] = {}
+        starts: list[Sequence] = []
+        budget, started = self._part, 0
+        while started < MAX_STARTED and (head := taker or self._turns.next(passed)):
+            new = not (head.background or head.output_length or self._shares.of(head).total)
+            if not new or head.remaining * _cost(head) > budget or not self._find_room(head, chunks):
+                break
+            self._start(head)
+            taker = None
+            starts.append(head)
+            started += head.start_size
+            budget -= self._extend(head, head.remaining, budget, chunks)
+        return self._plan(starts, chunks) if chunks else None
 
     def _has_foreground(self, may_start: bool, passed: Payer | None) -> bool:
         """Whether the next plan is not for background sequences."""
