@@ -26,9 +26,16 @@ def test_the_next_plan_leaves_late_in_a_long_plan_and_milliseconds_before_the_en
 
 
 def test_a_plan_is_expected_to_take_as_long_as_the_last_one_of_about_as_many_or_less(pace: Pace):
-    assert pace.until_next(40, 100.0) == pace.until_next(32, 100.0) == pytest.approx(0.054)
-    pace.end(400, 0.4, 100.0)
-    assert pace.until_next(300, 100.0) == pytest.approx(0.9 * 0.3)
+    assert pace.until_next(39, 100.0) == pace.until_next(32, 100.0) == pytest.approx(0.054)
+    pace.end(500, 0.5, 100.0)
+    assert pace.until_next(460, 100.0) == pytest.approx(0.9 * 0.46)
+
+
+def test_a_short_plan_that_has_just_ended_says_nothing_about_one_of_half_as_many_tokens_more(pace: Pace):
+    pace.end(102, 0.5, 80.0)
+    pace.end(64, 0.25, 100.0)
+    assert pace.until_next(102, 100.0) == pytest.approx(0.9 * 0.5)
+    assert pace.until_next(64, 100.0) == pytest.approx(0.9 * 0.25)
 
 
 def test_a_plan_begins_when_the_one_before_ends_or_when_it_is_sent_to_idle_shards(pace: Pace):

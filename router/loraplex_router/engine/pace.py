@@ -12,7 +12,7 @@ class Pace:
     The times given to it are those of one clock, in seconds."""
 
     def __init__(self) -> None:
-        self._last: dict[int, tuple[int, float]] = {}  # tokens and seconds, by the tokens' number of binary digits
+        self._last: dict[int, tuple[int, float]] = {}  # tokens and seconds, by the tokens' first binary digits
         self._began = 0.0
 
     def begin(self, now: float) -> None:
@@ -21,12 +21,18 @@ class Pace:
 
     def end(self, tokens: int, seconds: float, now: float) -> None:
         """A plan has taken so long, and the shards begin the next one that they have."""
-        self._last[tokens.bit_length()] = tokens, seconds
+        self._last[_about(tokens)] = tokens, seconds
         self._began = now
 
     def until_next(self, tokens: int, now: float) -> float:
         """The seconds until the next plan is to leave, while one of so many tokens runs. At once, which is 0 or less,
         if nothing is known of such plans."""
-        last, seconds = self._last.get(tokens.bit_length(), (tokens, 0.0))
+        last, seconds = self._last.get(_about(tokens), (tokens, 0.0))
         expected = seconds * min(1, tokens / last)
         return min(LEAVES_AT * expected, expected - LEAST_LEAD) - (now - self._began)
+
+
+def _about(tokens: int) -> int:
+    """The same for numbers that differ by a quarter at most: their first three binary digits."""
+    rest = max(0, tokens.bit_length() - 3)
+    return tokens >> rest << rest
