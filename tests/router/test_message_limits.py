@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 import grpc.aio
@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.generation_pb2_grpc import GenerationServiceServicer
 from loraplex_router.access.keys import Keys, TenantSettings
+from loraplex_router.api import grpc as grpc_face
 from loraplex_router.api import message_limits
 from loraplex_router.api.grpc import SERVICE, GrpcServer
 from loraplex_router.api.message_limits import MOST_MESSAGES
@@ -148,3 +149,21 @@ async def test_health_checks_and_reflection_are_read_likewise_and_have_a_room_of
             assert codes.count(grpc.StatusCode.DEADLINE_EXCEEDED) == MOST_MESSAGES
         world.api.release.set()
         assert {await each.code() for each in held} == {grpc.StatusCode.OK}
+
+
+async def test_health_is_watched_by_as_many_as_may_at_a_time_and_checked_by_anyone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(grpc_face, "MAX_WATCHES", 3)
+    async with serve(Keys({})) as world:
+        health = HealthStub(world.channel)
+        watches = [health.Watch(HealthCheckRequest()) for _ in range(3)]
+        assert {(await each.read()).status for each in watches} == {HealthCheckResponse.NOT_SERVING}
+        refused = health.Watch(HealthCheckRequest())
+        assert await refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "at most 3" in await refused.details()
+        assert (await health.Check(HealthCheckRequest())).status == HealthCheckResponse.NOT_SERVING
+        watches.pop().cancel()
+        answered = None
+        async with asyncio.timeout(10):
+            while not answered:
+                with suppress(grpc.aio.AioRpcError):  # not yet
+                    answered = await health.Watch(HealthCheckRequest()).read()

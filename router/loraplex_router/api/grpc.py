@@ -48,6 +48,7 @@ KEYLESS: tuple[Any, ...] = (  # services for which nobody needs a key
     reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
 )
 SERVICE = API.full_name
+MAX_WATCHES = 1000  # health checks that stay open
 MAX_SPANS = 2**17  # an answer of some 4 MB
 
 SERVER_OPTIONS = (
@@ -232,7 +233,7 @@ class GrpcServer:
         """`max_message`: the most bytes of a request. Without `credentials`, it does not speak TLS."""
         self._credentials = credentials
         limits = MessageLimits([API], _answering, keys, max_message)
-        keyless = MessageLimits(KEYLESS, _answering, Keys({}), max_message)
+        keyless = MessageLimits(KEYLESS, _answering, Keys({}), max_message, MAX_WATCHES)
         options = (
             *SERVER_OPTIONS,
             ("grpc.max_receive_message_length", max_message),

@@ -3,6 +3,7 @@ is parsed: a part of two bytes takes fifty times as much memory in a message, an
 streams."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from inspect import isasyncgenfunction
@@ -92,8 +93,17 @@ class MessageLimits(grpc.aio.ServerInterceptor):
     callers without a key, where one is needed. A message is refused if there is no room for it until its request is
     answered; one that takes long to arrive, if there is none for as much as it may become."""
 
-    def __init__(self, services: Iterable[ServiceDescriptor], answering: Answering, keys: Keys, most: int) -> None:
-        """`most`: the most bytes of a message."""
+    def __init__(
+        self,
+        services: Iterable[ServiceDescriptor],
+        answering: Answering,
+        keys: Keys,
+        most: int,
+        most_streams: float = math.inf,
+    ) -> None:
+        """`most`: the most bytes of a message; `most_streams`: the most calls at a time that have one request and many
+        answers."""
+        self._streams, self._most_streams = 0, most_streams
         self._room, self._arriving = (Room(MOST_MESSAGES * most, keys) for _ in range(2))
         self._most = most
         self._keys = keys
@@ -116,7 +126,7 @@ class MessageLimits(grpc.aio.ServerInterceptor):
                 return await handler.unary_unary(request, context)
 
         async def stream(messages: Messages, context: Context) -> None:
-            async with self._request(messages, kind, context) as request:
+            async with self._request(messages, kind, context) as request, self._streaming(context):
                 if not isasyncgenfunction(handler.unary_stream):  # it sends what it has itself
                     await handler.unary_stream(request, context)
                 elif not await Sender(handler.unary_stream(request, context), context).send_all():
@@ -166,6 +176,17 @@ class MessageLimits(grpc.aio.ServerInterceptor):
             async with self._answering(context):
                 request = await _parse(data, kind, holding)
             yield request
+
+    @asynccontextmanager
+    async def _streaming(self, context: Context) -> AsyncIterator[None]:
+        if self._streams >= self._most_streams:
+            async with self._answering(context):
+                raise OverloadedError(f"at most {self._most_streams} such calls can be open: try again later")
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
 
     async def _receive(self, messages: Messages, tenant: Tenant) -> bytes | None:
         """The next message; None at the end."""
