@@ -243,16 +243,44 @@ async def test_what_the_registry_no_longer_names_is_deleted_after_a_while(
     now = time.time()
     for file, age in zip(leaving(path), (0, LEFT_SECONDS - 60, LEFT_SECONDS + 60), strict=True):
         os.utime(file, (now - age, now - age))
-    there.registry_file._tidy_at = 0.0
     async with asyncio.timeout(10):
-        while len(leaving(path)) > 2:
+        while len(leaving(path)) > 2:  # when it starts, and some time after each change
             await asyncio.sleep(0.001)
+        monkeypatch.setattr(registry_file, "LEFT_SECONDS", 0.1)
         monkeypatch.setattr(upload_folder, "LEFT_SECONDS", -1.0)
-        there.registry_file._tidy_at = 0.0
+        await upload(here, b"one", "another")
+        for name in ("another", "policy"):
+            await here.service.adapters.remove(name, None)
         while leaving(path):
             await asyncio.sleep(0.001)
-    assert len(kept(path)) == 1
+    assert not kept(path)
     following.cancel()
+
+
+async def test_an_upload_that_the_registry_names_again_is_kept(routers: tuple[Cluster, Cluster], path: Path):
+    here, there = routers
+    await upload(here, b"one")
+    expected, former = await served(here, "policy"), path.read_text()
+    await upload(here, b"two")
+    path.write_text(former)  # the operator puts an older file back
+    await there.registry_file.reread()
+    assert await served(there, "policy") == expected
+    await upload(there, b"three", "other")
+    assert len(kept(path)) == 3 and not leaving(path)
+    again = Cluster(registry_file=path)
+    assert await served(again, "policy") == expected
+    await again.close()
+
+
+async def test_an_upload_of_a_version_that_is_wrong_in_the_file_is_kept(routers: tuple[Cluster, Cluster], path: Path):
+    version = await upload(routers[0], b"one")
+    expected, good = await served(routers[0], "policy"), path.read_text()
+    path.write_text(good.replace(expected[1], "typo"))
+    for router in routers:
+        await router.registry_file.reread()
+    await upload(routers[1], b"two", "other")
+    assert len(kept(path)) == 2
+    assert read_registry(path).names["policy"][version].fault
 
 
 async def test_what_was_replaced_takes_no_room_from_new_uploads(
@@ -365,6 +393,7 @@ async def test_what_a_router_that_died_left_is_deleted_later(
         os.utime(each, (1, 1))
     await upload(routers[1], b"two", "other")
     assert {arriving, note} < set(kept(path)) and not {left, torn} & set(kept(path))
+    assert leaving(path) == [left.with_suffix(LEFT)]
     assert (await served(routers[1], f"policy@{version}"))[0] == f"policy@{version}"
 
 

@@ -6,8 +6,8 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -69,14 +69,14 @@ class RegistryFile:
     def _rewrite(self, edit: Edit) -> tuple[tuple[int, ...], Registered]:
         path = self._path.resolve()
         try:
-            with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-                _lock(lock)
+            with self._locked():
                 former = self._content()
                 changed = edit(former)
                 written = write_registry(changed, self._path.suffix == ".json").encode()
                 state = state_of(replace_file(path, lambda file: file.write(written)))
                 self._known = None if faulty(changed) else (state, changed)  # faults know their lines
-                self._tidy(changed, former)
+                with suppress(OSError):  # it is done the next time
+                    self._tidy(changed, former)
                 return state, self._opened(self._content())
         except RegistryFileError as error:
             raise AdapterConflictError(f"the registry file is wrong, mend it first: {error.message}") from error
@@ -98,14 +98,24 @@ class RegistryFile:
 
     def _tidy(self, content: Registered, former: Registered) -> None:
         """Leaves the uploads that only the former content names, and deletes those that were left long ago."""
-        later = self.uploads.keep_only(_uploads(content), _uploads(former))
-        self._tidy_at = time.monotonic() + LEFT_SECONDS if later else inf
+        self._tidy_at = time.monotonic() + LEFT_SECONDS
+        ids = {version.origin.id for version in _versions(content) if version.uploaded}  # faulty ones may be mended
+        if not self.uploads.keep_only(ids, _uploads(former)):
+            self._tidy_at = inf
 
     def _tidy_again(self) -> None:
         self._tidy_at = time.monotonic() + LEFT_SECONDS
-        with suppress(RegistryFileError):  # which is reported when the file is looked at
+        with suppress(RegistryFileError, UnavailableError, OSError), self._locked():  # it is done the next time
             content = self._content()
             self._tidy(content, content)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """While no other router changes the registry. Raises UnavailableError, OSError."""
+        path = self._path.resolve()
+        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+            _lock(lock)
+            yield
 
     def _content(self) -> Registered:
         """What the file says now. It is read if it has changed. Raises RegistryFileError."""
@@ -142,6 +152,8 @@ class RegistryFile:
         async with self._changing:
             for version in self._registry.update(await self._file.run(self._read)):
                 self._gone(version)
+            if self.writable:  # whoever has changed the file may be gone when what it left is to be deleted
+                self._tidy_at = min(self._tidy_at, time.monotonic() + LEFT_SECONDS)
 
     async def follow(self) -> None:
         """Looks at the file periodically, until cancelled, and deletes uploads that were left."""
@@ -192,5 +204,8 @@ def _lock(file: IO[str]) -> None:
 
 def _uploads(content: Registered) -> set[str]:
     """The ids of its uploads."""
-    each = (version for versions in content.names.values() for version in versions.values())
-    return {version.origin.id for version in each if version.uploaded and not version.fault}
+    return {version.origin.id for version in _versions(content) if version.uploaded and not version.fault}
+
+
+def _versions(content: Registered) -> Iterator[Version]:
+    return (version for versions in content.names.values() for version in versions.values())

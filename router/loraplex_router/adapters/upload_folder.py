@@ -1,8 +1,8 @@
 """The folder beside the registry file in which uploaded adapters are kept. Routers may share it.
 
 An upload is ID.tar, an archive of its files. It is complete before the registry file names it. Once no version there is
-of it any more, it is called ID.left: another router may not know that yet, and requests that began with it may have to
-move to another replica. It is deleted later, or as soon as other uploads need its room.
+of it any more, it is called ID.left: another router may not know that yet, requests that began with it may have to move
+to another replica, and the file may name it again. It is deleted later, or as soon as other uploads need its room.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from loraplex_router.access.replaced_file import replace_file
 from loraplex_router.vocabulary.references import Upload
 
 LEFT_SECONDS = 600.0  # after which an upload that the registry no longer names is deleted
-FORGOTTEN_SECONDS = 3600.0  # after which one is that no version ever named, since its router died
+FORGOTTEN_SECONDS = 3600.0  # after which one is left that no version ever named, since its router died
 KEPT, LEFT = ".tar", ".left"
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ class UploadFolder:
         upload = self._found.get(id)
         if upload is None:
             upload = Upload(partial(self._read, id), id)
-            if any(self._file(id, suffix).exists() for suffix in (KEPT, LEFT)):
+            if any(os.path.exists(self._file(id, suffix)) for suffix in (KEPT, LEFT, KEPT)):  # it may be renamed
                 self._found[id] = upload
         return upload
 
@@ -81,17 +81,22 @@ class UploadFolder:
         return id in self._found
 
     def keep_only(self, ids: Collection[str], former: Collection[str]) -> bool:
-        """Uploads that are not among `ids` any more, but were among `former` ones, are left; deletes those that were
-        left long ago, and forgotten ones. Returns whether any are to be deleted later."""
-        gone = [(path, status) for path, status in self._files() if path.stem not in ids]
-        now, later = self._now() if gone else 0.0, False
-        for path, status in gone:
+        """Uploads that are not among `ids` any more, but were among `former` ones, are left, as are forgotten ones;
+        those among `ids` are not. Deletes what was left long ago. Returns whether any are to be deleted later."""
+        files = list(self._files())
+        now, later = self._now() if any(path.stem not in ids for path, _ in files) else 0.0, False
+        for path, status in files:
+            age = now - status.st_mtime
             with suppress(OSError):
-                if path.suffix == KEPT and path.stem in former:
-                    os.utime(path)
-                    path.rename(path.with_suffix(LEFT))
+                if path.stem in ids:
+                    if path.suffix == LEFT:
+                        path.rename(path.with_suffix(KEPT))
+                elif path.suffix == KEPT and (path.stem in former or age > FORGOTTEN_SECONDS):
                     later = True
-                elif status.st_mtime + (LEFT_SECONDS if path.suffix == LEFT else FORGOTTEN_SECONDS) < now:
+                    with suppress(OSError):  # it may be another user's
+                        os.utime(path)
+                    path.rename(path.with_suffix(LEFT))
+                elif age > (LEFT_SECONDS if path.suffix == LEFT else FORGOTTEN_SECONDS):
                     path.unlink()
                 else:
                     later = True
@@ -104,15 +109,18 @@ class UploadFolder:
     def _read(self, id: str) -> Mapping[str, memoryview]:
         """Raises AdapterSourceError."""
         try:
-            try:
-                data = memoryview(self._file(id).read_bytes())
-            except FileNotFoundError:
-                data = memoryview(self._file(id, LEFT).read_bytes())
+            data = memoryview(self._read_file(id))
             with tarfile.open(fileobj=BytesIO(data)) as archive:
                 return {each.name: data[each.offset_data :][: each.size] for each in archive}
         except (OSError, tarfile.TarError) as error:
             why = (isinstance(error, OSError) and error.strerror) or error  # without the path
             raise AdapterSourceError(f"its upload {id} cannot be read: {why}") from error
+
+    def _read_file(self, id: str) -> bytes:
+        for suffix in (KEPT, LEFT):
+            with suppress(FileNotFoundError):
+                return self._file(id, suffix).read_bytes()
+        return self._file(id).read_bytes()  # it has been named again meanwhile, or there is none
 
     def _delete_left(self, most: int) -> None:
         """Deletes the oldest of those that are left, until all files together have at most so many bytes."""
@@ -135,7 +143,7 @@ class UploadFolder:
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Uploads, and those that are being written."""
         for path in self.path.glob("*"):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 if _NAME.fullmatch(path.name):
                     yield path, path.stat()
 

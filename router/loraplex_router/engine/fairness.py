@@ -18,7 +18,8 @@ than they cost, and the counters of tenants that wait differ by at most the pape
 
 Background sequences have shares of their own, and take no places from others.
 
-A tenant dominates while it has most of the running sequences and there are others, or were lately and may come back.
+A tenant dominates while it has more running sequences than all others together (each divided by its tenant's weight),
+or nothing of others runs; if others have work, or had some lately and may come back.
 """
 
 from collections import Counter
@@ -29,7 +30,7 @@ from loraplex_router.vocabulary.adapter import Adapter
 from loraplex_router.vocabulary.sequence import Payer, Sequence
 
 PREFILL, DECODE = 1.0, 2.0  # what a token costs: the paper's weights
-LATELY = 256  # plans
+LATELY = 256  # plans, or tries to make one
 
 
 @dataclass(slots=True, eq=False)
@@ -85,9 +86,16 @@ class Shares:
         """The tenant that dominates."""
         if not self._several_for:
             return None
-        running = {payer: share.total for payer, share in self._active.items() if not payer.background}
-        most = max(running, key=running.__getitem__, default=None)
-        return most if most and running[most] > max(1, sum(running.values()) / 2) else None
+        work = {p: share.total / share.weight for p, share in self._active.items() if not p.background}
+        most = max(work, key=work.__getitem__, default=None)
+        if most is None or self._all[most].total + self._all[most].waiting < 2:
+            return None
+        others = sum(work.values()) - work[most]
+        return most if work[most] > others or not others else None
+
+    def others_wait(self, payer: Payer) -> bool:
+        """Whether sequences of other tenants wait, without background ones."""
+        return any(share.waiting for other, share in self._active.items() if other != payer and not other.background)
 
     def weight(self, payer: Payer) -> float:
         return self._all[payer].weight

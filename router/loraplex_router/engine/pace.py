@@ -33,6 +33,6 @@ class Pace:
 
 
 def _about(tokens: int) -> int:
-    """The same for numbers that differ by a quarter at most: their first three binary digits."""
+    """Its first three binary digits. Numbers for which these are the same differ by less than a quarter."""
     rest = max(0, tokens.bit_length() - 3)
     return tokens >> rest << rest

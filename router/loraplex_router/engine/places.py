@@ -82,6 +82,10 @@ class Places:
                 self._expect(running, running in planned)
         return needed + self._expected_blocks - self._blocks.available
 
+    def count_tokens(self, head: Sequence) -> int:
+        """How many tokens of it would have to be computed if it started."""
+        return len(head.tokens) - len(self._prefixes.find(head)) * self._block_size
+
     def claim(self, running: Sequence, planned: bool = False) -> int:
         """How many blocks the sequence has or needs: for its prompt, and if it is not planned yet, its next chunk."""
         stop = len(running.tokens) if planned else running.computed + running.remaining

@@ -7,27 +7,30 @@ from loraplex_router.vocabulary.sequence import Payer, Sequence
 
 
 class PromptBudget:
-    """A plan that brings the first token of a tenant is not made longer by prompts of a tenant with much more. Those of
-    the tenant that dominates take a part of the plan at most, since a newcomer may have to wait for its step."""
+    """A plan that brings the first token of a tenant is not made longer by prompts of a tenant with much more. While
+    nobody else waits, those of the tenant that dominates take a part of the plan at most, since a newcomer may have to
+    wait for its step. Fast-forward tokens are no prompts: streams do not wait."""
 
     def __init__(self, shares: Shares, tokens: int, dominant: Payer | None, part: int) -> None:
         """`part`: of the tokens, for the dominant tenant."""
         self._shares = shares
         self.left = tokens
-        self._dominant = dominant
+        self._dominant = None if dominant is None or shares.others_wait(dominant) else dominant
         self._part = part
         self._firsts: list[tuple[float, int, Sequence]] = []  # a heap, by what their tenants had
 
     def of(self, sequence: Sequence) -> int:
-        """The tokens that its prompt may take. 0: it waits for the next plan."""
+        """The tokens that it may take. 0: it waits for the next plan."""
+        if sequence.computed >= sequence.prompt_length:
+            return self.left
         if self._makes_way(sequence):
             return 0
         return min(self.left, self._part) if sequence.payer == self._dominant else self.left
 
-    def take(self, sequence: Sequence, tokens: int) -> None:
-        """So many tokens of its prompt are in the plan."""
+    def take(self, sequence: Sequence, tokens: int, of_prompt: bool) -> None:
+        """So many of its tokens are in the plan."""
         self.left -= tokens
-        if sequence.payer == self._dominant:
+        if of_prompt and sequence.payer == self._dominant:
             self._part -= tokens
         if not sequence.output_length and sequence.computed == len(sequence.tokens):
             heapq.heappush(self._firsts, (self._shares.of(sequence).next_place, sequence.number, sequence))

@@ -7,7 +7,7 @@ as sequences grow. When they run out, a sequence without a chunk in the step is 
 that received most service: it gives up its blocks and is recomputed later.
 
 Others' prompts delay a newcomer's first token no more than they must: see prompt_budget.py. While a tenant dominates
-(see fairness.py), newcomers' short prompts are computed in a step of their own, before the decodes.
+(see fairness.py), newcomers' short prompts are computed in a step of their own, before its decodes.
 
 New sequences: fairness.py decides whose turn it is, among tenants and their adapters, and who yields places if all rows
 or blocks are taken. An adapter may start sequences if it is on the device and entitled: see entitlement.py.
@@ -18,8 +18,8 @@ are the blocks before, which all of its adapters then share.
 
 A tenant of which nothing runs does not wait for a slot until sequences of others end, if it is entitled to one.
 
-Background sequences are computed while there is nothing else to compute, and their prompts take a part of a step, too.
-In the meantime they wait with their rows and blocks, but give up rows, blocks and slots that others need.
+Background sequences are computed while there is nothing else to compute, and their prompts, too, take only a part of a
+step. In the meantime they wait with their rows and blocks, but give up rows, blocks and slots that others need.
 
 Suspects (see suspects.py) are computed in plans of their own, which alternate with the other plans.
 """
@@ -180,7 +180,7 @@ class Scheduler:
     def _plan_together(self, background: bool) -> Plan | None:
         may_start, passed, taker = self._yield_places()
         dominant = self._shares.dominant()
-        if dominant and may_start and not self._ahead and (plan := self._plan_newcomers(passed, taker)):
+        if dominant and may_start and not self._ahead and (plan := self._plan_newcomers(passed, taker, dominant)):
             self._ahead = True
             return plan
         self._ahead = False
@@ -205,9 +205,10 @@ class Scheduler:
                 budget -= self._extend(sequence, remaining, budget, chunks)
         tokens = budget if foreground else min(budget, self._part)
         prompts = PromptBudget(self._shares, tokens, dominant, self._part)
-        prefills.sort(key=lambda item: self._shares.of(item[0]).order, reverse=True)
+        prefills.sort(key=lambda item: (*self._shares.of(item[0]).order, item[0].number), reverse=True)
         while prompts.left:
-            head = (taker or self._turns.next(passed)) if may_start and started < MAX_STARTED else None
+            may_start = may_start and started < MAX_STARTED
+            head = (taker or self._turns.next(passed)) if may_start else None
             if (
                 head is None
                 or (head.background and foreground)
@@ -227,28 +228,36 @@ class Scheduler:
                     continue
             else:
                 break
-            prompts.take(sequence, self._extend(sequence, remaining, room, chunks))
+            of_prompt = sequence.computed < sequence.prompt_length
+            prompts.take(sequence, self._extend(sequence, remaining, room, chunks), of_prompt)
         return self._plan(starts, chunks) if chunks else None
 
     @property
     def _part(self) -> int:
         return max(1, int(self._limits.max_batch_tokens * SHORT))
 
-    def _plan_newcomers(self, passed: Payer | None, taker: Sequence | None) -> Plan | None:
-        """Plans the short prompts of tenants of which nothing runs, if it is their turn."""
+    def _plan_newcomers(self, passed: Payer | None, taker: Sequence | None, dominant: Payer) -> Plan | None:
+        """Plans the short prompts of tenants of which nothing runs, if it is their turn, and decodes of all but the
+        dominant tenant."""
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
         budget, started = self._part, 0
         while started < MAX_STARTED and (head := taker or self._turns.next(passed)):
-            new = not (head.background or head.output_length or self._shares.of(head).total)
-            if not new or head.remaining * _cost(head) > budget or not self._find_room(head, chunks):
+            new = not (head.background or head.output_length or head.payer == dominant or self._shares.of(head).total)
+            if not new or self._places.count_tokens(head) * _cost(head) > budget or not self._find_room(head, chunks):
                 break
             self._start(head)
             taker = None
             starts.append(head)
             started += head.start_size
             budget -= self._extend(head, head.remaining, budget, chunks)
-        return self._plan(starts, chunks) if chunks else None
+        if not chunks:
+            return None
+        for sequence in [running for running in self._places.running if running.payer != dominant]:
+            decodes = sequence.remaining == 1 and not (sequence.background or sequence.suspect)
+            if decodes and sequence.row is not None and sequence not in chunks:
+                self._extend(sequence, 1, 1, chunks)
+        return self._plan(starts, chunks)
 
     def _has_foreground(self, may_start: bool, passed: Payer | None) -> bool:
         """Whether the next plan is not for background sequences."""
