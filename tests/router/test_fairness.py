@@ -162,6 +162,20 @@ def test_a_newcomers_short_prompt_is_a_step_of_its_own_and_all_decodes_are_in_th
     assert all(sequence.tokens == expected(sequence) for sequence in world.sequences)
 
 
+def test_a_newcomers_step_keeps_to_the_budget_although_a_tenant_of_little_weight_dominates() -> None:
+    world = World(blocks=1000, rows=40, budget=40)  # which checks the tokens of each plan
+    for number in range(4):
+        world.submit("", [number] * 5, 200, tenant="loud", weight=0.1)
+    for number in range(35):
+        world.submit("", [50 + number] * 2, 200, tenant=f"steady {number}")
+    for _ in range(12):
+        world.step()
+    newcomer = world.submit("", [99] * 10, 5, tenant="quiet")
+    (plan,) = next_plans(world, 1)
+    tenants = {chunk.sequence.tenant for chunk in plan.chunks}
+    assert newcomer in plan.starts and "loud" not in tenants and "steady 0" in tenants
+
+
 def test_a_newcomers_step_contains_decodes_where_nobody_dominates() -> None:
     world = World(blocks=1000, rows=2 * ROWS, budget=64)
     for number in range(12):

@@ -241,22 +241,23 @@ class Scheduler:
         dominant tenant."""
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
-        budget, started = self._part, 0
+        part, started = self._part, 0
         while started < MAX_STARTED and (head := taker or self._turns.next(passed)):
             new = not (head.background or head.output_length or head.payer == dominant or self._shares.of(head).total)
-            if not new or self._places.count_tokens(head) * _cost(head) > budget or not self._find_room(head, chunks):
+            if not new or self._places.count_tokens(head) * _cost(head) > part or not self._find_room(head, chunks):
                 break
             self._start(head)
             taker = None
             starts.append(head)
             started += head.start_size
-            budget -= self._extend(head, head.remaining, budget, chunks)
+            part -= self._extend(head, head.remaining, part, chunks)
         if not chunks:
             return None
+        budget = self._limits.max_batch_tokens - self._part
         for sequence in [running for running in self._places.running if running.payer != dominant]:
             decodes = sequence.remaining == 1 and not (sequence.background or sequence.suspect)
-            if decodes and sequence.row is not None and sequence not in chunks:
-                self._extend(sequence, 1, 1, chunks)
+            if budget and decodes and sequence.row is not None and sequence not in chunks:
+                budget -= self._extend(sequence, 1, budget, chunks)
         return self._plan(starts, chunks)
 
     def _has_foreground(self, may_start: bool, passed: Payer | None) -> bool:
