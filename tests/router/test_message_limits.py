@@ -1,6 +1,7 @@
 """gRPC messages in memory: nobody can fill it with theirs, neither with large ones nor with ones that do not end."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -113,6 +114,11 @@ async def test_a_call_without_a_message_is_refused():
         assert await call.details() == "request: is missing"
 
 
+def is_of_a_closed_loop(record: logging.LogRecord) -> bool:
+    """Whether gRPC, which has one queue for all event loops of a process, had an event for that of an earlier test."""
+    return bool(record.exc_info) and str(record.exc_info[1]) == "Event loop is closed"
+
+
 async def test_a_call_that_is_cancelled_before_its_message_is_forgotten(caplog: pytest.LogCaptureFixture):
     async with serve(Keys({})) as world:
         for _ in range(20):
@@ -121,7 +127,7 @@ async def test_a_call_that_is_cancelled_before_its_message_is_forgotten(caplog: 
             call.cancel()
         world.api.release.set()
         assert await (await world.ask("")).code() is grpc.StatusCode.OK
-    assert not caplog.records
+    assert not [record for record in caplog.records if not is_of_a_closed_loop(record)]
 
 
 async def test_health_checks_and_reflection_are_read_likewise_and_have_a_room_of_their_own(
