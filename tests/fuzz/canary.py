@@ -17,12 +17,14 @@ REQUEST = {"prompt": "A canary", "max_new_tokens": 200, "ignore_eos": True, "see
 class Seen:
     canaries: int = 0
     gaps: list[tuple[float, float]] = field(default_factory=list)  # seconds between two pieces; when (time.monotonic)
+    late: float = 0.0  # seconds, the latest that the machine woke this process, which does little
     faults: list[str] = field(default_factory=list)
 
 
 async def watch(address: str) -> Seen:
     """Reads one canary after the other."""
     seen = Seen()
+    clock = asyncio.create_task(look_at_the_clock(seen))
     async with AsyncClient(address) as client:
         undisturbed = (await client.generate(**REQUEST)).text
         print("ready", flush=True)
@@ -36,7 +38,16 @@ async def watch(address: str) -> Seen:
             seen.canaries += 1
             if text != undisturbed:
                 seen.faults.append(f"the canary said {text!r}, not {undisturbed!r}")
+    clock.cancel()
     return seen
+
+
+async def look_at_the_clock(seen: Seen) -> None:
+    """The gaps of a machine without pauses would be shorter."""
+    while True:
+        due = monotonic() + 0.005
+        await asyncio.sleep(0.005)
+        seen.late = max(seen.late, monotonic() - due)
 
 
 if __name__ == "__main__":

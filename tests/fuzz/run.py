@@ -47,7 +47,8 @@ class Report:
         longest, nearly = (f"{gap * 1000:.0f} ms" for gap, _ in (gaps[-1], gaps[len(gaps) * 999 // 1000]))
         heads = (
             f"{self.statuses.total()} requests: {answers}",
-            f"{self.seen.canaries} canaries: gaps up to {longest}, 99.9 % up to {nearly}",
+            f"{self.seen.canaries} canaries: gaps up to {longest}, 99.9 % up to {nearly}; the machine woke them up to "
+            f"{self.seen.late * 1000:.0f} ms late",
             *(f"a gap of {gap * 1000:.0f} ms beside\n{self._beside(gap, when)}" for gap, when in gaps[:-4:-1]),
             f"{len(self.faults)} faults",
         )

@@ -1,6 +1,7 @@
 """What prompts may take of one plan, so that first tokens come soon. Pure policy."""
 
 import heapq
+from functools import cached_property
 
 from loraplex_router.engine.fairness import Shares
 from loraplex_router.vocabulary.sequence import Payer, Sequence
@@ -11,13 +12,18 @@ class PromptBudget:
     nobody else waits, those of the tenant that dominates take a part of the plan at most, since a newcomer may have to
     wait for its step. Fast-forward tokens are no prompts: streams do not wait."""
 
-    def __init__(self, shares: Shares, tokens: int, dominant: Payer | None, part: int) -> None:
+    def __init__(self, shares: Shares, tokens: int, part: int) -> None:
         """`part`: of the tokens, for the dominant tenant."""
         self._shares = shares
         self.left = tokens
-        self._dominant = None if dominant is None or shares.others_wait(dominant) else dominant
         self._part = part
         self._firsts: list[tuple[float, int, Sequence]] = []  # a heap, by what their tenants had
+
+    @cached_property
+    def _dominant(self) -> Payer | None:
+        """Most plans have no prompts, and need not go through all tenants."""
+        dominant = self._shares.dominant()
+        return None if dominant is None or self._shares.others_wait(dominant) else dominant
 
     def of(self, sequence: Sequence) -> int:
         """The tokens that it may take. 0: it waits for the next plan."""

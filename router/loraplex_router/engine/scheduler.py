@@ -179,8 +179,7 @@ class Scheduler:
 
     def _plan_together(self, background: bool) -> Plan | None:
         may_start, passed, taker = self._yield_places()
-        dominant = self._shares.dominant()
-        if dominant and may_start and not self._ahead and (plan := self._plan_newcomers(passed, taker, dominant)):
+        if may_start and not self._ahead and (plan := self._plan_newcomers(passed, taker)):
             self._ahead = True
             return plan
         self._ahead = False
@@ -204,7 +203,7 @@ class Scheduler:
             if budget and sequence.row is not None:  # still, or an older one has just taken its blocks
                 budget -= self._extend(sequence, remaining, budget, chunks)
         tokens = budget if foreground else min(budget, self._part)
-        prompts = PromptBudget(self._shares, tokens, dominant, self._part)
+        prompts = PromptBudget(self._shares, tokens, self._part)
         prefills.sort(key=lambda item: (*self._shares.of(item[0]).order, item[0].number), reverse=True)
         while prompts.left:
             may_start = may_start and started < MAX_STARTED
@@ -236,9 +235,11 @@ class Scheduler:
     def _part(self) -> int:
         return max(1, int(self._limits.max_batch_tokens * SHORT))
 
-    def _plan_newcomers(self, passed: Payer | None, taker: Sequence | None, dominant: Payer) -> Plan | None:
-        """Plans the short prompts of tenants of which nothing runs, if it is their turn, and decodes of all but the
-        dominant tenant."""
+    def _plan_newcomers(self, passed: Payer | None, taker: Sequence | None) -> Plan | None:
+        """While a tenant dominates, plans the short prompts of tenants of which nothing runs, if it is their turn, and
+        decodes of all but the dominant tenant."""
+        if (dominant := self._shares.dominant()) is None:
+            return None
         chunks: dict[Sequence, Chunk] = {}
         starts: list[Sequence] = []
         part, started = self._part, 0
