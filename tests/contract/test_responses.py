@@ -109,6 +109,15 @@ def test_a_kept_response_is_continued_shown_and_deleted(client: OpenAI, base: st
         assert caught.value.param == "previous_response_id"
 
 
+def test_requests_with_one_id_are_kept_as_several_responses(client: OpenAI, base: str):
+    asked = {"model": base, "max_output_tokens": 4, "temperature": 0, "extra_headers": {"X-Request-Id": "trace"}}
+    first, second = (client.responses.create(input=text, **asked) for text in ("One", "Two"))
+    third = client.responses.create(input="Three", previous_response_id=second.id, **asked)
+    assert client.responses.retrieve(first.id).output_text == first.output_text
+    listed = client.responses.input_items.list(third.id, order="asc")
+    assert [item.content[0].text for item in listed] == ["Two", second.output_text, "Three"]
+
+
 def test_calls_of_a_kept_response_are_answered(client: OpenAI, base: str):
     asked = {"model": base, "tools": TOOLS, "max_output_tokens": 200}
     first = client.responses.create(input="Hello", tool_choice="required", **asked)

@@ -28,6 +28,7 @@ from loraplex_router.api.http.openai.responses import routes
 from loraplex_router.api.message_limits import MessageLimits
 from loraplex_router.engine import fairness
 from loraplex_router.engine.delta import Delta
+from loraplex_router.journal.records import Record
 from loraplex_router.service.response_store import ResponseStore
 from loraplex_router.text.json_limits import LONG
 from loraplex_router.text.model import read_model
@@ -96,6 +97,21 @@ async def test_long_bodies_are_read_on_a_thread_and_answered_as_short_ones(
 
 MANY = 4000
 TEXT = {"type": "text", "text": "A"}
+
+
+def test_a_stream_of_a_long_prompt_is_written_down_without_a_call_for_each_token():
+    record, calls = Record("", "", "", (), "", "", "", tuple(range(MANY)), 0, ""), 0
+
+    def count(frame: FrameType, event: str, of: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        line = record.encode()
+    finally:
+        sys.setprofile(None)
+    assert Record.decode(line) == record and calls < 100 < MANY
 
 
 @pytest.mark.parametrize(

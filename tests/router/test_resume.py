@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from loraplex_protos.errors import UnavailableError
 from loraplex_router.access.keys import TenantSettings
+from loraplex_router.access.tenant import Visit
 from loraplex_router.engine.generation import Generation
 from loraplex_router.journal import stores
 from loraplex_router.journal.journal import Journal
@@ -131,7 +132,7 @@ class SharedStore(MemoryStore):
     shared = True
     failing = forgetful = False
 
-    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Collection[str] = ()) -> None:
+    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Mapping[str, str]) -> None:
         if self.failing:
             raise UnavailableError("no answer")
         if self.forgetful:
@@ -202,6 +203,37 @@ async def test_a_client_whose_connection_was_lost_ends_its_former_request():
         assert "the request was cancelled" in former.bodies[-1]
         texts = [json.loads(event.removeprefix("data: "))["token"]["id"] for _, event in sent + rest]
         assert texts == list(range(texts[0], texts[0] + 100))
+
+
+async def test_a_later_request_with_the_same_id_does_not_end_when_a_stream_is_resumed():
+    async with router(MemoryStore(60)) as only:
+        (id, _), *rest = events(await ask(only, PATH, BODY, x_request_id="mine"))
+        later = Client(only, PATH, LONG, x_request_id="mine")
+        running = asyncio.create_task(later.run())
+        await until(lambda: len(later.messages) > 3)
+        assert told(events(await ask(only, PATH, BODY, id))) == told(rest)
+        await running
+        assert len(events(later)) == 100
+
+
+async def test_only_tokens_that_are_in_the_store_cost_nothing_when_a_stream_is_resumed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    spent = list[int]()
+    monkeypatch.setattr(Visit, "spend", lambda visit, tokens, now: spent.append(tokens))
+    async with router(MemoryStore(60)) as only:
+        client = Client(only, PATH, LONG)
+        running = asyncio.create_task(client.run())
+        await until(lambda: len(client.messages) > 3)
+        (generation,) = only.service.requests._running
+        only.service.requests.cancel(generation)
+        await running
+        known = generation.num_generated
+        assert sum(spent) == 1 + known  # with the prompt
+        (id, _), *_ = events(client)
+        forged = await ask(only, PATH, LONG, f"{id.partition(':')[0]}:99999-00000000")
+        assert "other tokens are generated here" in forged.bodies[-1]
+        assert sum(spent) >= 1 + 100
 
 
 async def test_a_stream_goes_on_with_the_version_that_it_began_with_while_a_replica_has_it():
@@ -329,15 +361,28 @@ async def test_the_memory_for_streams_is_limited_in_time_and_bytes(monkeypatch: 
     monkeypatch.setattr(stores, "MAX_BYTES", 10)
     now = 0.0
     store = MemoryStore(60, lambda: now)
-    await store.append({"a": b"123", "b": b"456"}, "ab")
+    await store.append({"a": b"123", "b": b"456"}, "ab", {"a": "ann", "b": "ann"})
     now = 50.0
-    await store.append({"a": b"4"}, "a")
+    await store.append({"a": b"4"}, "a", {})
     now = 70.0
     assert await store.read("a") == b"1234" and await store.read("b") is None
-    await store.append({"c": b"1234567"}, "c")
+    await store.append({"c": b"1234567"}, "c", {"c": "ann"})
     assert await store.read("a") is None and await store.read("c") == b"1234567"
-    await store.append({"d": b"12345678901"}, "d")
+    await store.append({"d": b"12345678901"}, "d", {"d": "ann"})
     assert await store.read("c") is None and await store.read("d") is None
+
+
+async def test_streams_of_a_tenant_leave_room_for_those_of_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stores, "MAX_BYTES", 10)
+    store = MemoryStore(60)
+    await store.append({"a": b"123"}, "a", {"a": "ann"})
+    for key in "bcde":
+        await store.append({key: b"4567"}, key, {key: "bob"})
+        await store.append({"a": b""}, "", {})
+    assert await store.read("a") == b"123" and await store.read("e") == b"4567"
+    assert await store.read("b") is None and await store.read("c") is None
+    await store.append({"b": b"8"}, "b", {})  # of which the beginning is gone
+    assert await store.read("b") is None
 
 
 @needs_redis
@@ -386,17 +431,17 @@ async def test_a_redis_server_that_hangs_or_dies_is_noticed_and_found_again(tmp_
     with redis_server(tmp_path) as (url, process):
         server = RedisServer(url)
         store, other = RedisStore(server, 60), RedisStore(server, 0.05)
-        await store.append({"a": b"12"}, "ab")
-        await store.append({"a": b"3"}, "")
+        await store.append({"a": b"12"}, "ab", {})
+        await store.append({"a": b"3"}, "", {})
         assert await store.read("a") == b"123" and await store.read("b") is None
         process.send_signal(signal.SIGSTOP)
-        for call in (lambda: store.append({"a": b"4"}, ""), lambda: store.read("a")):
+        for call in (lambda: store.append({"a": b"4"}, "", {}), lambda: store.read("a")):
             with pytest.raises(UnavailableError, match="does not answer"):
                 await call()
         process.send_signal(signal.SIGCONT)
-        await store.append({"c": b"5"}, "c")
+        await store.append({"c": b"5"}, "c", {})
         assert await store.read("c") == b"5" and (await store.read("a")).startswith(b"123")
-        await other.append({}, "c")
+        await other.append({}, "c", {})
         await asyncio.sleep(0.1)
         assert await store.read("c") is None
     with pytest.raises(UnavailableError, match="the Redis server of --store fails"):

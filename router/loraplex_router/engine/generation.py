@@ -92,7 +92,7 @@ class Generation:
 
     @property
     def num_generated(self) -> int:
-        """Number of tokens generated so far, except those that others had delivered."""
+        """Number of tokens generated so far, except those that others had generated."""
         return sum(max(0, output.generated - output.resumed) for output in self.outputs)
 
     @property

@@ -36,6 +36,7 @@ class SequenceOutput:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None  # the request's stop text or token that ended it
         self.generated = 0  # tokens, including those of a stop string
+        self.resumed = 0  # of these, the tokens that another generation had left in the journal
         self.prompt_logprobs: list[float] = []  # of all prompt tokens except the first
         self.prompt_ranks: list[int] = []  # of the same: 1 is the likeliest
         self.prompt_alternatives: list[Alternatives] = []  # of the same; none if not requested
@@ -63,11 +64,6 @@ class SequenceOutput:
     def new_id(self, *of: int | str) -> str:
         """An id for a part of the answer. Nobody else has it, and it stays the same when the output is resumed."""
         return blake2b(repr(of).encode(), key=self._nonce, digest_size=12).hexdigest()
-
-    @property
-    def resumed(self) -> int:
-        """How many of its tokens another generation had delivered."""
-        return self._replay.tokens
 
     def push(self, sample: Sample) -> FinishReason | None:
         """Takes the sequence's next token. Returns why the sequence ends with it, if it does."""
@@ -103,6 +99,7 @@ class SequenceOutput:
         it has comes again, in deltas that say so. Raises GenerationError if the tokens are not those it has."""
         sequence, detail = self.sequence, self.sequence.detail
         self._replay = Replay(reached)
+        self.resumed = len(tokens)
         if reached.tokens and detail.prompt_logprobs:  # the client has these
             self.prompt_logprobs = [0.0] * (sequence.prompt_length - 1)
             self.prompt_ranks = [0] * len(self.prompt_logprobs)

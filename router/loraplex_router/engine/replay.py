@@ -16,7 +16,6 @@ class Replay:
     """The ends of the deltas that come again. It is true until the last of them has come."""
 
     def __init__(self, reached: Reached) -> None:
-        self.tokens = reached.tokens  # how many the client has
         self._checksum = reached.checksum
         whole = reached.events is None
         ends = (reached.before, ALL_EVENTS), (reached.tokens, ALL_EVENTS if whole else reached.events)

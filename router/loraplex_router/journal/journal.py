@@ -115,8 +115,10 @@ class Journal:
         over = [entry for entry in entries if entry.ended]
         try:
             if parts or old or self._fails is not False:
-                begun = [entry.key for entry in entries if entry.record]
-                begun += [entry.key for entry in old if not entry.generation.finished]  # if others took it for dead
+                begun = {entry.key: entry.generation.tenant for entry in entries if entry.record}
+                for entry in old:
+                    if not entry.generation.finished:  # if others took it for dead
+                        begun[entry.key] = entry.generation.tenant
                 await self._store.append(parts, [entry.key for entry in old] or [NOTHING], begun)
         except UnavailableError as error:
             if not self._fails:

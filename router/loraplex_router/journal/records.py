@@ -6,7 +6,7 @@ same tokens since the store hung, is read as one.
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Self
 
@@ -34,7 +34,8 @@ class Record:
     nonce: str  # as in a Generation
 
     def encode(self) -> bytes:
-        return orjson.dumps(asdict(self)) + b"\n"
+        fields = {name: getattr(self, name) for name in self.__slots__}  # asdict copies every token of the prompt
+        return orjson.dumps(fields) + b"\n"
 
     @classmethod
     def decode(cls, line: bytes) -> Self:

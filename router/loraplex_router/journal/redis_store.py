@@ -21,7 +21,7 @@ class RedisStore:
         self._server = server
         self._milliseconds = round(seconds * 1000)
 
-    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Collection[str] = ()) -> None:
+    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Mapping[str, str]) -> None:
         commands: list[Command] = [("APPEND", STREAM + key, part) for key, part in parts.items()]
         commands += [("PEXPIRE", STREAM + key, self._milliseconds) for key in renewed]
         if begun:

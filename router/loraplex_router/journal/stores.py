@@ -1,7 +1,9 @@
 """Where the journal is: this router's memory, or a Redis server that several routers share."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 MAX_BYTES = 256 << 20
@@ -12,9 +14,10 @@ class Store(Protocol):
 
     shared: bool  # with other routers
 
-    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Collection[str] = ()) -> None:
+    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Mapping[str, str]) -> None:
         """Adds the parts to what their keys have. What the keys in `renewed` have is kept longer now. `begun`: those
-        whose usage others must count if this router dies. Raises UnavailableError if it may have failed."""
+        whose usage others must count if this router dies, new ones among them, with their tenants. Raises
+        UnavailableError if it may have failed."""
         ...
 
     async def read(self, key: str) -> bytes | None:
@@ -22,37 +25,57 @@ class Store(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class _Kept:
+    tenant: str
+    used: float = 0.0  # when it was used last
+    data: bytearray = field(default_factory=bytearray)
+
+
 class MemoryStore:
-    """Beyond MAX_BYTES, what was not written to for longest is forgotten."""
+    """Beyond MAX_BYTES, the tenant that has the most loses what was not written to for longest."""
 
     shared = False
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
         self._clock = clock
-        self._kept: dict[str, tuple[float, bytearray]] = {}  # with the time of its last use, oldest first
-        self._size = 0
+        self._kept: dict[str, _Kept] = {}  # what was not used for longest comes first, here and of each tenant
+        self._of: dict[str, dict[str, None]] = {}  # their keys, by tenant
+        self._bytes = Counter[str]()  # by tenant
 
-    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Collection[str] = ()) -> None:
+    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Mapping[str, str]) -> None:
         for key in {**parts, **dict.fromkeys(renewed)}:
-            self._use(key, parts.get(key, b""))
+            if key in self._kept or key in begun:
+                kept = self._use(key, begun.get(key, ""))
+                kept.data += parts.get(key, b"")
+                self._bytes[kept.tenant] += len(parts.get(key, b""))
         self._forget()
 
     async def read(self, key: str) -> bytes | None:
         self._forget()
-        return bytes(self._use(key)) if key in self._kept else None
+        return bytes(self._use(key).data) if key in self._kept else None
 
-    def _use(self, key: str, part: bytes = b"") -> bytearray:
-        _, data = self._kept.pop(key, (0.0, bytearray()))
-        data += part
-        self._size += len(part)
-        self._kept[key] = self._clock(), data
-        return data
+    def _use(self, key: str, tenant: str = "") -> _Kept:
+        kept = self._kept.pop(key, None) or _Kept(tenant)
+        kept.used = self._clock()
+        self._kept[key] = kept
+        keys = self._of.setdefault(kept.tenant, {})
+        keys.pop(key, None)
+        keys[key] = None
+        return kept
 
     def _forget(self) -> None:
-        now = self._clock()
-        for key, (used, data) in list(self._kept.items()):
-            if used + self._seconds > now and self._size <= MAX_BYTES:
-                break
-            self._size -= len(data)
-            del self._kept[key]
+        old = self._clock() - self._seconds
+        while self._kept and self._kept[key := next(iter(self._kept))].used <= old:
+            self._drop(key)
+        while self._bytes.total() > MAX_BYTES:
+            largest = max(self._bytes, key=self._bytes.__getitem__)
+            self._drop(next(iter(self._of[largest])))
+
+    def _drop(self, key: str) -> None:
+        kept = self._kept.pop(key)
+        del self._of[kept.tenant][key]
+        self._bytes[kept.tenant] -= len(kept.data)
+        if not self._of[kept.tenant]:
+            del self._of[kept.tenant], self._bytes[kept.tenant]

@@ -239,15 +239,18 @@ class Requests:
             origin = found.origin if found else Upload(partial(_refuse, replaced(record.adapter)))
             return reference_to(Version(name, int(number), origin, record.digest))
 
-    async def end_former(self, request_id: str, tenant: Tenant) -> None:
-        """Ends the request that is resumed, if it runs here: its client has lost the connection."""
+    async def end_former(self, saved: Sequence[Saved], tenant: Tenant) -> None:
+        """Ends the request that is resumed, if it runs here: its client has lost the connection. Later requests may
+        have its id, which is the client's own."""
+        nonces = {each.record.nonce for each in saved}
+        request_id = saved[0].record.request_id if saved else ""  # all have one
         former = self._running.get(tenant.name, request_id)
-        if former is not None:
+        if former is not None and not nonces.isdisjoint(generation.nonce for generation in former.generations):
             for generation in former.generations:
                 self.cancel(generation)
             with suppress(TimeoutError):
                 async with asyncio.timeout(FORMER_SECONDS):
-                    await self._replicas.changes.until(lambda: not self._running.has(tenant.name, request_id))
+                    await self._replicas.changes.until(lambda: self._running.get(tenant.name, request_id) is not former)
 
     async def resolve(self, adapter: Reference | None, tenant: Tenant, session: str) -> Reference | None:
         """What the registry says that the name stands for. `session`: equal ones get the same of several versions;

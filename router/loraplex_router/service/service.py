@@ -170,8 +170,7 @@ class Service:
                     session = request.session or request.request_id or new_session()
                     for each in saved:
                         kept.enter_context(self.requests.keeping(each))
-                    for each in saved[:1]:  # all have one id
-                        await self.requests.end_former(each.record.request_id, tenant)
+                    await self.requests.end_former(saved, tenant)
                     parts = list[Request]()
                     for place, (part, each) in enumerate(zip_longest(request.parts(), saved)):
                         with request.named(place):

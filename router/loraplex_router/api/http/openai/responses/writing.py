@@ -189,7 +189,7 @@ def _describe(body: ResponsesBody, generation: Generation, model: str, stored: b
     sampling = generation.outputs[0].sequence.sampling
     sent = body.model_dump(mode="json", by_alias=True, exclude_none=True)
     return {
-        "id": f"resp_{generation.request_id}",
+        "id": f"resp_{generation.outputs[0].new_id('response')}",
         "object": "response",
         "created_at": int(time.time()),
         "completed_at": None,
