@@ -14,6 +14,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.datastructures import Headers
 
 from loraplex_protos.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
 from loraplex_router.access import followed_file, key_file, read_beside
@@ -21,6 +22,7 @@ from loraplex_router.access.key_file import KeyFile, KeyFileError, read_tenants,
 from loraplex_router.access.keys import Keys, TenantSettings, read_bearer
 from loraplex_router.access.strict_yaml import read_yaml
 from loraplex_router.access.tenant import Allowance, Remaining, Tenant
+from loraplex_router.api.http.call import key_of
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 
 OLD_KEY, NEW_KEY, ADMIN_KEY = "old secret", "new secret", "admin secret"
@@ -34,6 +36,13 @@ def hashed(key: str) -> str:
 def keys() -> Keys:
     acme = TenantSettings(keys=[hashed(OLD_KEY), hashed(NEW_KEY)], adapters=["acme/*", "sql"])
     return Keys({"acme": acme, "operator": TenantSettings(keys=[hashed(ADMIN_KEY)], admin=True)})
+
+
+def test_keys_in_headers_are_utf_8_or_latin_1() -> None:
+    for encoding in ("utf-8", "latin-1"):
+        for header, value in ((b"authorization", "Bearer schlüssel"), (b"x-api-key", "schlüssel")):
+            assert key_of(Headers(raw=[(header, value.encode(encoding))])) == "schlüssel"
+    assert key_of(Headers(raw=[])) is None
 
 
 def test_all_keys_of_a_tenant_are_the_same_tenant(keys: Keys) -> None:

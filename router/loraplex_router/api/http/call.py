@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, TypeAlias, TypeVar
 
@@ -48,8 +49,11 @@ class RouteCall:
 
 
 def key_of(headers: Headers) -> str | None:
-    """The API key that the caller sent; Anthropic's clients send it as x-api-key."""
-    return read_bearer(headers.get("authorization")) or headers.get("x-api-key")
+    """The API key that the caller sent, in UTF-8 or Latin-1; Anthropic's clients send it as x-api-key."""
+    key = read_bearer(headers.get("authorization")) or headers.get("x-api-key")
+    with suppress(UnicodeDecodeError):
+        return key and key.encode("latin-1").decode()  # headers are read as Latin-1
+    return key
 
 
 async def _read_call(http: Request) -> RouteCall:
