@@ -120,6 +120,8 @@ async def test_another_router_sends_what_follows_each_event(stream: str):
         for place, (id, _) in enumerate(whole, 1):
             rest = events(await ask(second, path, body, id))
             assert told(rest) == told(whole[place:]), (place, id)
+            for further, (again, _) in enumerate(rest[:2], 1):  # which the client has when it is lost again
+                assert told(events(await ask(first, path, body, again))) == told(rest[further:]), (place, again)
 
 
 PATH, BODY = STREAMS["LoRAX"]

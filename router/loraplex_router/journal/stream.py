@@ -10,6 +10,7 @@ from loraplex_router.access.tenant import Tenant
 from loraplex_router.engine.delta import Delta
 from loraplex_router.engine.generation import Generation
 from loraplex_router.engine.output import SequenceOutput
+from loraplex_router.engine.replay import ALL_EVENTS
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.records import MAX_SEQUENCES, Record, Saved, decode, fingerprint
 from loraplex_router.vocabulary.position import Position, Reached, checksum
@@ -63,10 +64,11 @@ class Stream:
         """Writes the generations of a request down from now on."""
         wanted = fingerprint(request, model)
         for generation in generations:
-            sequence = generation.outputs[0].sequence
+            sequence, first = generation.outputs[0].sequence, len(self._outputs)
             self._outputs += generation.outputs
             self._owners += [generation] * len(generation.outputs)
-            self._reached += [Reached()] * len(generation.outputs)
+            new = [Reached()] * len(generation.outputs)
+            self._reached += self.begun.reached[first : len(self._outputs)] if self.begun else new
             self._kept &= len(self._outputs) <= MAX_SEQUENCES and sequence.prompt_length <= MAX_PROMPT
             if self._kept:
                 record = Record(
@@ -91,10 +93,14 @@ class Stream:
             self._written = all(await asyncio.gather(*map(self._journal.keep_up, self._generations)))
         else:
             await self._journal.keep_up(self._owners[index])
-        former, sequence = self._reached[index], self._outputs[index].sequence
+        self._last, former, sequence = index, self._reached[index], self._outputs[index].sequence
+        if delta.known:  # it comes again: the client is where it was
+            if delta.known == (former.events or ALL_EVENTS):
+                self._reached[index] = replace(former, events=None)
+            return
         start, end = (sequence.prompt_length + length for length in (former.tokens, delta.generated))
         check = checksum(sequence.tokens[start:end], former.checksum)
-        self._last, self._reached[index] = index, Reached(delta.generated, check, former.tokens)
+        self._reached[index] = Reached(delta.generated, check, former.tokens)
 
     def position(self, events: int | None = None, afterwards: int = 0) -> str:
         """Where the client is, once it has the last delta, or only this many of its events; or other events after all
@@ -106,7 +112,7 @@ class Stream:
             id = self.begun.stream
         else:
             return ""
-        reached = [replace(each, before=0) for each in self._reached]
+        reached = [replace(each, before=0) if each.events is None else each for each in self._reached]
         if events is not None:
             reached[self._last] = replace(self._reached[self._last], events=events)
         return str(Position(id, tuple(reached), afterwards))
