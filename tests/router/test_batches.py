@@ -24,6 +24,7 @@ from loraplex_router.access.keys import TenantSettings
 from loraplex_router.api.http.inner_calls import InnerCalls
 from loraplex_router.api.http.openai.batches.routes import MOST_UPLOADS, uploads
 from loraplex_router.batches import reading
+from loraplex_router.batches.batches import THREADS
 from loraplex_router.batches.bucket import BatchBucket
 from loraplex_router.batches.folder import BatchFolder
 from loraplex_router.batches.folder_job import FolderJob
@@ -356,6 +357,53 @@ async def test_uploads_of_a_tenant_do_not_keep_others_waiting(tmp_path: Path) ->
         with pytest.raises(openai.RateLimitError, match="being uploaded"):
             await world.client("one").files.create(file=b"x", purpose="batch")
         assert (await world.client("two").files.create(file=b"x", purpose="batch")).id
+
+
+async def test_however_many_requests_of_a_tenant_wait_for_a_slow_storage_those_of_others_are_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex_router.api.http.openai.batches.routes.ANSWER_SECONDS", 0.5)
+    world, goes_on, batches = World(tmp_path, tenants=TENANTS), threading.Event(), BatchFolder.batches
+
+    def slow(self: BatchFolder, tenant: str) -> Any:
+        if tenant == "one":
+            goes_on.wait(120)
+        return batches(self, tenant)
+
+    monkeypatch.setattr(BatchFolder, "batches", slow)
+    one, two = world.client("one"), world.client("two")
+    try:
+        for _ in range(2):  # threads whose requests have been given up are still taken
+            flood = [asyncio.ensure_future(one.batches.list(limit=1)) for _ in range(2 * THREADS)]
+            await asyncio.sleep(0.1)
+            assert not (await two.files.list()).data and not (await two.batches.list()).data
+            refused = await asyncio.gather(*flood, return_exceptions=True)
+            assert {type(each) for each in refused} <= {openai.InternalServerError, openai.RateLimitError}
+        assert all("too many requests for files and batches wait" in str(each) for each in refused)
+    finally:
+        goes_on.set()
+    assert not (await one.batches.list(limit=1)).data
+
+
+async def test_lists_of_a_folder_read_only_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, read, read_bytes = World(tmp_path).client(), list[str](), Path.read_bytes
+
+    def watched(path: Path) -> bytes:
+        read.append(path.stem)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", watched)
+    ids = {(await create(client, text(line(n)))).id for n in range(3)}
+    assert {each.id async for each in client.batches.list()} == ids and len((await client.files.list()).data) == 3
+    read.clear()
+    assert (await client.batches.list(limit=1)).has_more and len((await client.files.list()).data) == 3 and not read
+    cancelled = await client.batches.cancel(min(ids))
+    assert {each.status async for each in client.batches.list()} == {"validating", "cancelling"}
+    async with World(tmp_path).running():
+        await ended(client, cancelled)
+        read.clear()
+        assert cancelled.id in {each.id async for each in client.batches.list() if each.status == "cancelled"}
+    assert cancelled.id in read
 
 
 @pytest.mark.parametrize("id", ["file-1", "../../etc/passwd", "file-" + "0" * 24, "..%2f..%2fetc"])

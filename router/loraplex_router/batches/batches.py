@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +16,7 @@ from loraplex_protos.errors import (
     BatchNotFoundError,
     FieldViolation,
     InvalidRequestError,
+    OverloadedError,
     UnavailableError,
     quote,
 )
@@ -29,6 +30,7 @@ from loraplex_router.batches.records import (
     new_batch_id,
     new_file_id,
 )
+from loraplex_router.fair_slots import FairSlots
 
 WINDOW_SECONDS = 24 * 3600  # how long a batch may take
 MOST_FILES = 1000  # of a tenant
@@ -57,10 +59,28 @@ class Batches(ABC):
         self._most_bytes = most_bytes
         # Of its own: nothing else waits for a place that hangs, and requests do not wait for batches that begin.
         self._asking, self._working = (ThreadPoolExecutor(THREADS, name) for name in ("batches", "batch runner"))
+        self._turns = FairSlots(THREADS)  # for those that ask
 
-    async def ask(self, function: Callable[..., R], *arguments: object) -> R:
-        """Calls it in a thread, for a request."""
-        return await asyncio.get_running_loop().run_in_executor(self._asking, partial(function, *arguments))
+    async def ask(self, tenant: str, seconds: float, function: Callable[..., R], *arguments: object) -> R:
+        """Calls it in a thread, for a request of the tenant, which has as many threads as it leaves free. Raises
+        OverloadedError if none was free for it after so many seconds, UnavailableError if the call takes longer. A call
+        that hangs keeps its thread."""
+        async with AsyncExitStack() as taking:
+            try:
+                async with asyncio.timeout(seconds):
+                    await taking.enter_async_context(self._turns.taken(tenant))
+            except TimeoutError:
+                raise OverloadedError("too many requests for files and batches wait: try again later") from None
+            call = asyncio.create_task(self._call(taking.pop_all(), partial(function, *arguments)))
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.shield(call)
+        except TimeoutError:
+            raise UnavailableError("the storage of files and batches does not answer: try again later") from None
+
+    async def _call(self, turn: AsyncExitStack, function: Callable[[], R]) -> R:
+        async with turn:
+            return await asyncio.get_running_loop().run_in_executor(self._asking, function)
 
     async def work(self, function: Callable[..., R], *arguments: object) -> R:
         """Calls it in a thread, for the runner."""

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import IO, TypeVar
 
-from pydantic import BaseModel, ValidationError
-
 from loraplex_protos.errors import BatchNotFoundError
 from loraplex_router.batches import layout
 from loraplex_router.batches.batches import Batches, shown
 from loraplex_router.batches.bucket_job import BucketJob
+from loraplex_router.batches.known import KnownRecords, parsed
 from loraplex_router.batches.lease import Lease
 from loraplex_router.batches.objects import Objects
 from loraplex_router.batches.records import FILE_SECONDS, BatchRecord, FileRecord, newest_first
@@ -19,7 +18,6 @@ from loraplex_router.batches.records import FILE_SECONDS, BatchRecord, FileRecor
 CLOCK_SECONDS = 60.0  # after which the store's clock is looked at again
 FORGOTTEN_SECONDS = 3600  # after which a batch is forgotten that has no record, since its router died
 DOWNLOAD_PIECE = 512 << 10  # bytes in memory of each download
-MOST_KNOWN = 10_000  # records in memory
 
 R = TypeVar("R", FileRecord, BatchRecord)
 
@@ -35,8 +33,8 @@ class BatchBucket(Batches):
         self.objects = Objects(url)
         self._lease = Lease(self.objects, layout.LEASE)
         self._clock: tuple[float, float] | None = None  # when it was looked at, and how far it is ahead of `monotonic`
-        self._known: dict[str, tuple[str, BaseModel]] = {}  # by path: version and record
-        self._knowing = threading.Lock()
+        self._known = KnownRecords()
+        self._counting = threading.Lock()
         self._tenants: dict[str, str] = {}  # of batches that have not ended
         self._cancelled = set[str]()
         self._used: tuple[bytes, int] = b"0", 0  # what the store says; what this router has added since it says so
@@ -67,14 +65,14 @@ class BatchBucket(Batches):
     def _used_bytes(self) -> int:
         found = self.objects.find(layout.USED)
         said = found.content if found else b"0"
-        with self._knowing:
+        with self._counting:
             if said != self._used[0]:
                 self._used = said, 0
             return int(said.split()[0]) + self._used[1]
 
     def _add_used(self, bytes: int) -> None:
         self._used_bytes()
-        with self._knowing:
+        with self._counting:
             self._used = self._used[0], self._used[1] + bytes
 
     def _count_files(self, tenant: str) -> int:
@@ -91,7 +89,7 @@ class BatchBucket(Batches):
 
     def _find_file(self, tenant: str, id: str) -> FileRecord | None:
         found = self.objects.find(layout.file(tenant, id))
-        return _parsed(found.content, FileRecord) if found else None
+        return parsed(found.content, FileRecord) if found else None
 
     def _remove_file(self, tenant: str, id: str) -> None:
         record = self._find_file(tenant, id)
@@ -119,7 +117,7 @@ class BatchBucket(Batches):
 
     def _find_batch(self, tenant: str, id: str) -> BatchRecord | None:
         found = self.objects.find(layout.batch(tenant, id))
-        record = _parsed(found.content, BatchRecord) if found else None
+        record = parsed(found.content, BatchRecord) if found else None
         return record and self._shown(record)
 
     def _ask_to_cancel(self, tenant: str, id: str) -> None:
@@ -159,7 +157,7 @@ class BatchBucket(Batches):
 
     def job(self, tenant: str, id: str) -> BucketJob | None:
         found = self.objects.find(layout.batch(tenant, id))
-        record = _parsed(found.content, BatchRecord) if found else None
+        record = parsed(found.content, BatchRecord) if found else None
         if found and record and not record.status.final:
             return BucketJob(self, tenant, self._shown(record), found.version)
         if record or (self.objects.modified(layout.open(id)) or 0) + FORGOTTEN_SECONDS < self.now():
@@ -193,25 +191,6 @@ class BatchBucket(Batches):
         found = (each for tenant in tenants for each in self._records(layout.batches(tenant), BatchRecord))
         return {each.input_file_id for each in found if not each.status.final}
 
-    # ---- what is known ---------------------------------------------------------------------------------------
-
     def _records(self, folder: str, kind: type[R]) -> list[R]:
-        """Those of a folder; only what has changed is read."""
         versions = {object.path: object.version for object in self.objects.list(folder)}
-        with self._knowing:
-            known = {path: self._known[path] for path in versions if path in self._known}
-        changed = [path for path, version in versions.items() if path not in known or known[path][0] != version]
-        read = dict(self.objects.find_all(changed))
-        new = {path: (versions[path], record) for path in read if (record := _parsed(read[path], kind))}
-        with self._knowing:
-            self._known |= new
-            while len(self._known) > MOST_KNOWN:
-                del self._known[next(iter(self._known))]
-        return [record for _, record in (known | new).values() if isinstance(record, kind)]
-
-
-def _parsed(content: bytes, kind: type[R]) -> R | None:
-    try:
-        return kind.model_validate_json(content)
-    except ValidationError:
-        return None
+        return self._known.read(kind, versions, self.objects.find_all)

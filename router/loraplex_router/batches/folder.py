@@ -10,21 +10,22 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from loraplex_protos.errors import UnavailableError
 from loraplex_router.access.replaced_file import replace_file
 from loraplex_router.batches.batches import Batches, shown, tenant_folder
 from loraplex_router.batches.folder_job import FolderJob
+from loraplex_router.batches.known import KnownRecords, parsed
 from loraplex_router.batches.records import FILE_SECONDS, BatchRecord, FileRecord, newest_first
 
-R = TypeVar("R", bound=BaseModel)
+R = TypeVar("R", FileRecord, BatchRecord)
 
 
 class BatchFolder(Batches):
@@ -41,16 +42,16 @@ class BatchFolder(Batches):
         self._path = path
         self._lock: IO[bytes] | None = None
         self._naming = threading.Lock()
+        self._known = KnownRecords()
         self._ended = set[str]()  # batches' ids: their records do not change, so `unfinished` reads each once
 
     def files(self, tenant: str) -> list[FileRecord]:
-        found = [_read(path, FileRecord) for path in (self._tenant(tenant) / "files").glob("*/record.json")]
-        return newest_first(each for each in found if each)
+        return newest_first(self._records((self._tenant(tenant) / "files").glob("*/record.json"), FileRecord))
 
     def batches(self, tenant: str) -> list[BatchRecord]:
-        found = [_read(path, BatchRecord) for path in (self._tenant(tenant) / "batches").glob("*.json")]
-        records = [self._shown(tenant, each) for each in found if each]
-        return newest_first(records)
+        found = self._records((self._tenant(tenant) / "batches").glob("*.json"), BatchRecord)
+        asked = {path.stem for path in (self._tenant(tenant) / "batches").glob("*.cancel")}
+        return newest_first(self._shown(tenant, each) if each.id in asked else each for each in found)
 
     def content(self, tenant: str, id: str) -> Path:
         return self._file(tenant, id) / "content"
@@ -134,10 +135,10 @@ class BatchFolder(Batches):
             return sum(entry.stat().st_size for entry in self._path.glob("*/files/*/content"))
 
     def _count_files(self, tenant: str) -> int:
-        return len(self.files(tenant))
+        return sum(1 for _ in (self._tenant(tenant) / "files").glob("*/record.json"))
 
     def _count_batches(self, tenant: str) -> int:
-        return len(self.batches(tenant))
+        return sum(1 for _ in (self._tenant(tenant) / "batches").glob("*.json"))
 
     def _write_content(self, tenant: str, id: str, content: IO[bytes]) -> None:
         with _disk_errors(), self.open_file(tenant, id) as file:
@@ -176,6 +177,10 @@ class BatchFolder(Batches):
         asked = self._batch(tenant, record.id).with_suffix(".cancel")
         return shown(record, int(asked.stat().st_mtime) if asked.exists() else None)
 
+    def _records(self, paths: Iterator[Path], kind: type[R]) -> list[R]:
+        versions = {str(path): version for path in paths if (version := _version(path))}
+        return self._known.read(kind, versions, _read_all)
+
     def _tenant(self, name: str) -> Path:
         return self._path / tenant_folder(name)
 
@@ -204,9 +209,25 @@ def _write(path: Path, record: BaseModel) -> None:
 def _read(path: Path, kind: type[R]) -> R | None:
     """None: there is none, or not any more."""
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        return parsed(path.read_bytes(), kind)
+    except OSError:
         return None
+
+
+def _read_all(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Those that are still there."""
+    for path in paths:
+        with suppress(OSError):
+            yield path, Path(path).read_bytes()
+
+
+def _version(path: Path) -> str | None:
+    """Another one for each record that replaces it. None: it is not there any more."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return f"{status.st_ino} {status.st_mtime_ns}"
 
 
 def _cut_torn_line(file: IO[bytes]) -> None:

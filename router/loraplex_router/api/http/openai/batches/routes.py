@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
@@ -34,7 +34,7 @@ from loraplex_router.batches.records import FILE_SECONDS, BatchRecord, FileRecor
 
 MOST_BYTES = 200 << 20  # of a file, as at OpenAI
 MOST_UPLOADS = 4  # of a tenant at the same time
-SECONDS = 600.0  # for all of an upload
+SECONDS = 600.0  # for all of an upload, or a piece of a download
 ANSWER_SECONDS = 15.0  # for anything else
 
 UPLOAD = {
@@ -86,13 +86,13 @@ async def upload_file(request: Request, call: Call) -> FileRecord:
                 raise InvalidRequestError(FieldViolation("file", "send a file of JSON lines"))
             fields = _read_fields({name: value for name, value in form.items() if name != "file"})
             name = (file.filename or "batch.jsonl")[:255]
-            add = batches.ask(batches.add_file, tenant, name, fields.purpose, file.file, fields.expires_after)
-            return await _within(SECONDS, add)
+            arguments = tenant, name, fields.purpose, file.file, fields.expires_after
+            return await batches.ask(tenant, SECONDS, batches.add_file, *arguments)
         finally:
             await form.close()
 
 
-@router.get("/files", response_model=FilePage, responses=only(ERRORS, 400, 401, 404))
+@router.get("/files", response_model=FilePage, responses=only(ERRORS, 400, 401, 404, 429))
 async def list_files(
     call: Call, purpose: str = "", limit: Limit = 10_000, after: After = "", order: Order = "desc"
 ) -> FilePage:
@@ -102,13 +102,13 @@ async def list_files(
     return FilePage(**_page(found, limit, after, order))
 
 
-@router.get("/files/{file_id}", response_model=FileRecord, responses=only(ERRORS, 401, 404))
+@router.get("/files/{file_id}", response_model=FileRecord, responses=only(ERRORS, 401, 404, 429))
 async def retrieve_file(file_id: str, call: Call) -> FileRecord:
     """One file."""
     return await _ask(call, lambda batches, tenant: batches.file(tenant, file_id))
 
 
-@router.get("/files/{file_id}/content", response_class=FileResponse, responses=only(ERRORS, 401, 404))
+@router.get("/files/{file_id}/content", response_class=FileResponse, responses=only(ERRORS, 401, 404, 429))
 async def file_content(file_id: str, call: Call) -> Response:
     """A file's content: the requests of an input, the answers of an output."""
     batches, tenant = _batches(call)
@@ -116,23 +116,23 @@ async def file_content(file_id: str, call: Call) -> Response:
     content = batches.content(tenant, file_id)
     if isinstance(content, Path):
         return FileResponse(content, media_type="application/octet-stream", filename=file.filename)
-    first = await _within(ANSWER_SECONDS, batches.ask(next, content, b""))
+    first = await batches.ask(tenant, ANSWER_SECONDS, next, content, b"")
     headers = {
         "content-length": str(file.bytes),
         "content-disposition": f"attachment; filename*=utf-8''{quote(file.filename, safe='')}",
     }
-    pieces = _stream(batches, first, content)
+    pieces = _stream(batches, tenant, first, content)
     return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
 
 
-@router.delete("/files/{file_id}", response_model=Deleted, responses=only(ERRORS, 400, 401, 404))
+@router.delete("/files/{file_id}", response_model=Deleted, responses=only(ERRORS, 400, 401, 404, 429))
 async def delete_file(file_id: str, call: Call) -> Deleted:
     """Deletes a file, unless a batch that has not ended needs it."""
     await _ask(call, lambda batches, tenant: batches.delete_file(tenant, file_id))
     return Deleted(id=file_id)
 
 
-@router.post("/batches", response_model=BatchRecord, responses=only(ERRORS, 400, 401, 404))
+@router.post("/batches", response_model=BatchRecord, responses=only(ERRORS, 400, 401, 404, 429))
 async def create_batch(body: CreateBatch, call: Call) -> BatchRecord:
     """Answers a file's requests in the background, within a day."""
     return await _ask(
@@ -148,20 +148,20 @@ async def create_batch(body: CreateBatch, call: Call) -> BatchRecord:
     )
 
 
-@router.get("/batches", response_model=BatchPage, responses=only(ERRORS, 400, 401, 404))
+@router.get("/batches", response_model=BatchPage, responses=only(ERRORS, 400, 401, 404, 429))
 async def list_batches(call: Call, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: After = "") -> BatchPage:
     """The batches of this key's tenant, newest first."""
     found = [_shown(batch) for batch in await _ask(call, lambda batches, tenant: batches.batches(tenant))]
     return BatchPage(**_page(found, limit, after, "desc"))
 
 
-@router.get("/batches/{batch_id}", response_model=BatchRecord, responses=only(ERRORS, 401, 404))
+@router.get("/batches/{batch_id}", response_model=BatchRecord, responses=only(ERRORS, 401, 404, 429))
 async def retrieve_batch(batch_id: str, call: Call) -> BatchRecord:
     """How far a batch is."""
     return _shown(await _ask(call, lambda batches, tenant: batches.batch(tenant, batch_id)))
 
 
-@router.post("/batches/{batch_id}/cancel", response_model=BatchRecord, responses=only(ERRORS, 401, 404))
+@router.post("/batches/{batch_id}/cancel", response_model=BatchRecord, responses=only(ERRORS, 401, 404, 429))
 async def cancel_batch(batch_id: str, call: Call) -> BatchRecord:
     """Stops a batch within seconds. What it has answered so far can be read."""
     return _shown(await _ask(call, lambda batches, tenant: batches.cancel(tenant, batch_id)))
@@ -183,23 +183,14 @@ def _batches(call: RouteCall) -> tuple[Batches, str]:
 
 async def _ask(call: RouteCall, question: Callable[[Batches, str], R]) -> R:
     batches, tenant = _batches(call)
-    return await _within(ANSWER_SECONDS, batches.ask(question, batches, tenant))
+    return await batches.ask(tenant, ANSWER_SECONDS, question, batches, tenant)
 
 
-async def _within(seconds: float, answer: Awaitable[R]) -> R:
-    """Raises UnavailableError if it takes longer."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await answer
-    except TimeoutError:
-        raise UnavailableError("the storage of files and batches does not answer: try again later") from None
-
-
-async def _stream(batches: Batches, first: bytes, rest: Iterator[bytes]) -> AsyncIterator[bytes]:
+async def _stream(batches: Batches, tenant: str, first: bytes, rest: Iterator[bytes]) -> AsyncIterator[bytes]:
     piece = first
     while piece:
         yield piece
-        piece = await batches.ask(next, rest, b"")
+        piece = await batches.ask(tenant, SECONDS, next, rest, b"")
 
 
 async def _read_form(request: Request) -> Any:
