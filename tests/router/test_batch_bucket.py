@@ -348,12 +348,12 @@ def test_files_are_counted_and_old_objects_deleted_by_the_stores_clock(
     store.objects.put("adapters/theirs", b"somebody else's")
     for name in s3.objects:
         s3.objects.age(name, batches.FILE_SECONDS + 60)
-    new = store.add_file("other", "new.jsonl", "batch", io.BytesIO(b"x" * 300))
+    new = store.add_file("other", "new.jsonl", "batch", io.BytesIO(b"x" * 200))
     store.delete_expired()
     with pytest.raises(BatchNotFoundError):
         store.file("", old.id)
     assert not [name for name in s3.objects if old.id in name] and "bucket/team/adapters/theirs" in s3.objects
-    assert store.file("other", new.id).bytes == 300
+    assert store.file("other", new.id).bytes == 200
     store.delete_file("other", new.id)
     store.add_file("", "newer.jsonl", "batch", io.BytesIO(b"x" * 1000))
 

@@ -431,6 +431,43 @@ async def test_files_have_limits_and_are_deleted_unless_a_batch_needs_them(tmp_p
     assert not list(tmp_path.glob(f"*/files/{batch.input_file_id}"))
 
 
+async def test_the_files_of_a_tenant_leave_room_for_those_of_others(place: str) -> None:
+    tenants = {name: TenantSettings(keys=[sha256(name.encode()).hexdigest()]) for name in ("one", "two", "three")}
+    world = World(place, most_bytes=1000, tenants=tenants)
+    one, two, three = (world.client(name) for name in tenants)
+
+    async def keep(client: AsyncOpenAI, size: int) -> str:
+        return (await client.files.create(file=b"x" * size, purpose="batch")).id
+
+    with pytest.raises(openai.BadRequestError, match=r"your files would have more than 4\.66e-07 GiB, delete some"):
+        await keep(one, 501)
+    first = await keep(one, 400)
+    with pytest.raises(openai.BadRequestError, match="delete some"):
+        await keep(one, 101)
+    await keep(one, 100)
+    await keep(two, 250)
+    for size in (126, 500):
+        with pytest.raises(openai.InternalServerError, match="the files of others leave no room") as refused:
+            await keep(three, size)
+        assert refused.value.status_code == 503
+    await keep(three, 125)
+    with pytest.raises(openai.BadRequestError, match="delete some"):
+        await keep(three, 1)
+    world.batches.delete_expired()  # a bucket's files are counted then
+    with pytest.raises(openai.BadRequestError, match="delete some"):
+        await keep(three, 1)
+    await one.files.delete(first)
+    await keep(three, 200)
+
+
+async def test_without_keys_files_may_take_all_the_room(place: str) -> None:
+    world = World(place, most_bytes=1000)
+    for size in (600, 400):
+        await world.client().files.create(file=b"x" * size, purpose="batch")
+    with pytest.raises(openai.BadRequestError, match="no room"):
+        await world.client().files.create(file=b"x", purpose="batch")
+
+
 async def test_files_and_batches_are_limited_in_number_size_and_time(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,7 +519,7 @@ async def test_files_expire_when_their_owner_says(place: str, monkeypatch: pytes
     monkeypatch.setattr(world.batches, "now", lambda: now + 8000 + 3700)
     world.batches.delete_expired()
     assert [each.id for each in (await client.files.list()).data] == [kept.id]
-    assert world.batches._used_bytes() == kept.bytes
+    assert world.batches._used_bytes().total() == kept.bytes
     with pytest.raises(openai.NotFoundError):
         await client.files.content(output_id)
 

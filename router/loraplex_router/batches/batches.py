@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
@@ -91,12 +92,11 @@ class Batches(ABC):
     def add_file(
         self, tenant: str, filename: str, purpose: str, content: IO[bytes], expires_after: ExpiresAfter | None = None
     ) -> FileRecord:
-        """Raises InvalidRequestError if there is no room for it."""
+        """Raises InvalidRequestError if the tenant's own files leave no room for it, UnavailableError if those of
+        others do."""
         size = content.seek(0, os.SEEK_END)
         content.seek(0)
-        if self._used_bytes() + size > self._most_bytes:
-            limit = f"{self._most_bytes / 2**30:g} GiB"
-            raise InvalidRequestError(FieldViolation("file", f"has no room: {limit} of files are kept, delete some"))
+        self._check_room(tenant, size)
         if self._count_files(tenant) >= MOST_FILES:
             raise InvalidRequestError(FieldViolation("file", f"is one too many: {MOST_FILES} are kept, delete some"))
         id = new_file_id()
@@ -107,6 +107,20 @@ class Batches(ABC):
             with suppress(UnavailableError):
                 self._remove_file(tenant, id)
             raise
+
+    def _check_room(self, tenant: str, size: int) -> None:
+        """With keys, a tenant has half of the room that others leave, so that there is always some for somebody else.
+        Without keys, it is everyone, has no name, and may have all of it. Answers of batches count, but find room
+        beyond that."""
+        used, parts = self._used_bytes(), 2 if tenant else 1
+        own = used[tenant_folder(tenant)]
+        share = (self._most_bytes - (used.total() - own)) // parts
+        if share < size <= self._most_bytes // parts:
+            raise UnavailableError("the files of others leave no room for this one: try again later")
+        if own + size > share:
+            most = f"{max(share, 0) / 2**30:.3g} GiB"
+            description = f"has no room: your files would have more than {most}, delete some"
+            raise InvalidRequestError(FieldViolation("file", description))
 
     def register_file(
         self, tenant: str, id: str, filename: str, purpose: str, size: int, expires_after: ExpiresAfter | None
@@ -234,7 +248,8 @@ class Batches(ABC):
     # ---- how it is kept --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _used_bytes(self) -> int: ...
+    def _used_bytes(self) -> Counter[str]:
+        """By tenants' folders."""
 
     @abstractmethod
     def _count_files(self, tenant: str) -> int: ...

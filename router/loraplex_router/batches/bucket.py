@@ -2,13 +2,16 @@
 there are."""
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import IO, TypeVar
 
+import orjson
+
 from loraplex_protos.errors import BatchNotFoundError
 from loraplex_router.batches import layout
-from loraplex_router.batches.batches import Batches, shown
+from loraplex_router.batches.batches import Batches, shown, tenant_folder
 from loraplex_router.batches.bucket_job import BucketJob
 from loraplex_router.batches.known import KnownRecords, parsed
 from loraplex_router.batches.lease import Lease
@@ -18,6 +21,7 @@ from loraplex_router.batches.records import FILE_SECONDS, BatchRecord, FileRecor
 CLOCK_SECONDS = 60.0  # after which the store's clock is looked at again
 FORGOTTEN_SECONDS = 3600  # after which a batch is forgotten that has no record, since its router died
 DOWNLOAD_PIECE = 512 << 10  # bytes in memory of each download
+NOTHING_USED = b'{"bytes": {}}'
 
 R = TypeVar("R", FileRecord, BatchRecord)
 
@@ -37,7 +41,8 @@ class BatchBucket(Batches):
         self._counting = threading.Lock()
         self._tenants: dict[str, str] = {}  # of batches that have not ended
         self._cancelled = set[str]()
-        self._used: tuple[bytes, int] = b"0", 0  # what the store says; what this router has added since it says so
+        # What the store says, and by tenants' folders what this router has added since it says so.
+        self._used: tuple[bytes, Counter[str]] = NOTHING_USED, Counter()
 
     # ---- files -----------------------------------------------------------------------------------------------
 
@@ -62,18 +67,18 @@ class BatchBucket(Batches):
         if paths:
             self.objects.delete(paths)
 
-    def _used_bytes(self) -> int:
+    def _used_bytes(self) -> Counter[str]:
         found = self.objects.find(layout.USED)
-        said = found.content if found else b"0"
+        said = found.content if found else NOTHING_USED
         with self._counting:
             if said != self._used[0]:
-                self._used = said, 0
-            return int(said.split()[0]) + self._used[1]
+                self._used = said, Counter()
+            return Counter(orjson.loads(said)["bytes"]) + self._used[1]
 
-    def _add_used(self, bytes: int) -> None:
+    def _add_used(self, tenant: str, bytes: int) -> None:
         self._used_bytes()
         with self._counting:
-            self._used = self._used[0], self._used[1] + bytes
+            self._used[1][tenant_folder(tenant)] += bytes
 
     def _count_files(self, tenant: str) -> int:
         return sum(1 for _ in self.objects.list(layout.files(tenant)))
@@ -85,7 +90,7 @@ class BatchBucket(Batches):
         if record.expires_at < record.created_at + FILE_SECONDS:
             self.objects.put(layout.expiring(tenant, record.id, record.expires_at), b"")
         self.objects.put(layout.file(tenant, record.id), record.model_dump_json().encode())
-        self._add_used(record.bytes)
+        self._add_used(tenant, record.bytes)
 
     def _find_file(self, tenant: str, id: str) -> FileRecord | None:
         found = self.objects.find(layout.file(tenant, id))
@@ -95,7 +100,7 @@ class BatchBucket(Batches):
         record = self._find_file(tenant, id)
         self.remove_files(tenant, [id])
         if record:
-            self._add_used(-record.bytes)
+            self._add_used(tenant, -record.bytes)
 
     # ---- batches ---------------------------------------------------------------------------------------------
 
@@ -173,7 +178,7 @@ class BatchBucket(Batches):
         return id in self._cancelled
 
     def delete_expired(self) -> None:
-        now, used, needed = self.now(), 0, self._inputs()
+        now, used, needed = self.now(), Counter[str](), self._inputs()
         over = {path for each in self.objects.list(layout.EXPIRING) for path in layout.expired(each.path, now)}
         expired = list[str]()
         for object in (each for folder in layout.FOLDERS for each in self.objects.list(folder)):
@@ -181,9 +186,9 @@ class BatchBucket(Batches):
             if is_over and layout.id_of(object.path) not in needed:
                 expired.append(object.path)
             elif object.path.startswith(f"{layout.CONTENTS}/"):
-                used += object.size
+                used[layout.folder_of(object.path)] += object.size
         self.objects.delete(expired)
-        self.objects.put(layout.USED, b"%d at %d" % (used, now))
+        self.objects.put(layout.USED, orjson.dumps({"at": now, "bytes": used}))
 
     def _inputs(self) -> set[str]:
         """The files that batches need which have not ended."""

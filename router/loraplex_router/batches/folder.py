@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -130,9 +131,13 @@ class BatchFolder(Batches):
     def write_batch(self, tenant: str, record: BatchRecord) -> None:
         _write(self._batch(tenant, record.id), record)
 
-    def _used_bytes(self) -> int:
+    def _used_bytes(self) -> Counter[str]:
+        used = Counter[str]()
         with _disk_errors():
-            return sum(entry.stat().st_size for entry in self._path.glob("*/files/*/content"))
+            for content in self._path.glob("*/files/*/content"):
+                with suppress(FileNotFoundError):  # it has been deleted meanwhile
+                    used[content.parts[-4]] += content.stat().st_size
+        return used
 
     def _count_files(self, tenant: str) -> int:
         return sum(1 for _ in (self._tenant(tenant) / "files").glob("*/record.json"))

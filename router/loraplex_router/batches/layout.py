@@ -8,7 +8,7 @@
 | expiring/TIME/TENANT/ID | nothing: the file's time is over then, before that of most files |
 | parts/ID/... | what a batch has answered so far (`bucket_job.py`) |
 | lease | which router runs the batches (`lease.py`) |
-| used | the bytes of all contents |
+| used.json | the bytes of all contents, by TENANT |
 | clock | nothing: its date tells the store's time |
 """
 
@@ -18,7 +18,7 @@ from loraplex_router.batches.batches import tenant_folder
 
 CONTENTS, OPEN, CANCEL = "contents", "open", ".cancel"
 EXPIRING = "expiring"
-LEASE, USED, CLOCK = "lease", "used", "clock"
+LEASE, USED, CLOCK = "lease", "used.json", "clock"
 FOLDERS = "files", CONTENTS, "batches", OPEN, EXPIRING, "parts"  # whatever else is there belongs to others
 
 
@@ -62,6 +62,11 @@ def expired(path: str, now: int) -> list[str]:
     """Of an object below EXPIRING: the objects of its file, and itself, if their time is over."""
     _, time, folder, id = path.split("/")
     return [path, f"files/{folder}/{id}.json", f"{CONTENTS}/{folder}/{id}"] if int(time) < now else []
+
+
+def folder_of(path: str) -> str:
+    """TENANT, of a content."""
+    return path.split("/")[1]
 
 
 def id_of(path: str) -> str:
