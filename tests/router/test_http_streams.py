@@ -222,15 +222,23 @@ async def test_a_prompt_that_cannot_be_admitted_ends_the_requests_other_prompts(
     assert client.status == 429 and setup.service.requests.idle
 
 
-async def test_a_request_that_is_cancelled_by_name_ends_with_an_error(setup: Setup):
+@pytest.mark.parametrize("ends", ["cancelled by name", "the server stops"])
+async def test_a_request_that_is_ended_by_others_gets_an_error_that_says_whether_to_try_again(setup: Setup, ends: str):
     setup.shards.loads_held.clear()
-    client = Client(setup, "/generate", {"inputs": "A", "parameters": {"adapter_id": "a"}})
+    client = Client(setup, "/generate", {"inputs": "A", "parameters": {"adapter_id": "a"}}, x_request_id="mine")
     running = asyncio.create_task(client.run())
     await until(lambda: not setup.engine.idle)
-    await setup.service.requests.hand_over()
+    if ends == "the server stops":
+        await setup.service.requests.hand_over()
+    else:
+        setup.service.cancel_request("mine")
     await running
     setup.shards.loads_held.set()
-    assert client.status == 499 and json.loads(client.bodies[0])["error_type"] == "cancelled"
+    error = json.loads(client.bodies[0])
+    if ends == "the server stops":
+        assert client.status == 503 and "shutting down: send the request again" in error["error"]
+    else:
+        assert client.status == 499 and error["error_type"] == "cancelled"
 
 
 @pytest.mark.parametrize("path", STREAMS)

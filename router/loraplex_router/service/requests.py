@@ -47,6 +47,7 @@ from loraplex_router.vocabulary.volume import Volume
 
 FORMER_SECONDS = 5.0  # how long a request that is resumed may take to end
 SPEND_SECONDS = 1.0
+SHUT_DOWN = "the server is shutting down: send the request again"
 HANDED_OVER = "the server is shutting down: resume the stream, which another router continues"
 
 
@@ -199,15 +200,14 @@ class Requests:
         self._replicas.cancel(generation)
 
     async def hand_over(self) -> None:
-        """Ends all generations: those that another router can continue with an error that says so, the others as
-        cancelled."""
+        """Ends all generations with an error, which says of those that another router can continue to resume them."""
         if self._journal is not None and self._journal.shared:
             await self._journal.flush()
             for generation in self._running:
                 if await self._journal.keep_up(generation):
                     self._replicas.fail(generation, UnavailableError(HANDED_OVER))
         for generation in self._running:
-            self.cancel(generation)
+            self._replicas.fail(generation, UnavailableError(SHUT_DOWN))
 
     def keeping(self, saved: Saved) -> AbstractContextManager[None]:
         """A context in which the content that a stream began with stays in memory, though its former request ends."""
