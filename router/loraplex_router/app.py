@@ -185,7 +185,7 @@ class Router:
         try:
             names = await self._administration.listing.names()
         except LoraplexError:  # the replica has left again
-            names = frozenset()
+            names = {}
         ready(sorted(names))
 
     async def _tell_health(self) -> None:

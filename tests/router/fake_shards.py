@@ -110,7 +110,7 @@ class FakeShards:
         digest = self.digests.get(reference.id, f"digest of {reference.id}")
         return StagedAdapter(
             digest,
-            "local",
+            reference.source or "local",
             "",
             lora_rank=8,
             size_bytes=10,

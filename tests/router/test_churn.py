@@ -162,7 +162,7 @@ class Churn(Setup):
 
     def open_ends(self, replica: Replica) -> list[str]:
         staging, found = replica.adapters, []
-        found += [f"stages {task}" for _, task in staging._staging.values()]
+        found += [f"stages {fetching.task}" for fetching in staging.fetching()]
         found += [f"unstages {digest}" for digest in staging._unstaging]
         for adapter in (replica.pool.base, *replica.pool) if replica in self.engines else ():
             if adapter.wanted or adapter.plans or adapter.requests or adapter.leaving:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from loraplex_protos.errors import OverloadedError
+from loraplex_router.access.tenant import Allowance, Tenant
 from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.engine.pool import AdapterPool
 from loraplex_router.fair_slots import FairSlots
@@ -154,14 +155,14 @@ def test_whether_an_adapter_finds_a_spare_slot_costs_as_much_beside_many_adapter
 
 async def test_many_names_of_one_content_are_listed_as_fast_each_as_few() -> None:
     def list_names(size: int) -> int:
-        setup, asked = Setup(), list[str]()
+        setup, tenant = Setup(), Tenant("acme", Allowance(adapters=["a[!1]*"]))
         setup.pool.add("content", lora_rank=8, size_bytes=1)
         for number in range(size):
             reference = AdapterReference(f"a{number}")
             setup.resolutions.remember(reference, Entry(reference.id, "local", "", "content"))
         listing, found = setup.administration.listing, list[Line]()
-        count = count_lines(lambda: found.extend(listing._loaded(lambda name: asked.append(name) or name != "a1")))
-        assert len(found) == len(asked) == size
+        count = count_lines(lambda: found.extend(listing._loaded(tenant)))
+        assert len(found) == size
         return count
 
     assert list_names(500) < 15 * list_names(50)
@@ -174,7 +175,8 @@ async def test_who_does_not_see_all_names_of_a_content_is_not_told_when_it_was_u
     for id in ("a", "b", "c"):
         setup.resolutions.remember(AdapterReference(id), Entry(id, "local", "", "content"))
     for hidden, told in (("", ["a", "b", "c"]), ("a", ["a"]), ("b", ["b"])):
-        lines = setup.administration.listing._loaded(lambda name, hidden=hidden: name != hidden)
+        seen = [name for name in ("a", "b", "c") if name != hidden]
+        lines = setup.administration.listing._loaded(Tenant("acme", Allowance(adapters=seen)))
         assert [line.id for line in lines if (status := line.status()) and status.HasField("last_used")] == told
 
 

@@ -312,6 +312,56 @@ async def stub_of(world: World) -> AsyncIterator[GenerationServiceStub]:
     await server.stop(0)
 
 
+async def test_what_was_resolved_with_a_token_is_known_only_to_who_resolved_it_and_to_administrators(
+    world: World,
+) -> None:
+    service, shards = world.setup.service, world.setup.shards
+    service.keys.update(TENANTS | {"fay": TenantSettings(keys=[hashed("fay")])})
+    secret = AdapterReference("both/hub", "hub", token="of ann")
+    shards.absent.add("both/hubs")
+
+    async def use(adapter: AdapterReference | MergedReference, key: str) -> None:
+        generation = await service.generate(Request(prompt=(1,), adapter=adapter, max_new_tokens=1), key)
+        await generation.collect()
+        service.requests.close(generation)
+
+    async def knows(key: str) -> set[str]:
+        """The ways in which a tenant learns that it exists."""
+        found, bearer = set[str](), {"authorization": f"Bearer {key}"}
+        async with stub_of(world) as stub:
+            listed = await stub.ListAdapters(pb.ListAdaptersRequest(), metadata=tuple(bearer.items()))
+        found |= {"gRPC" for status in listed.adapters if "both/hub" in status.id}
+        for path in ("/adapters", "/v1/models"):
+            found |= {path for body in (await ask(world.setup, path, None, **bearer)).bodies if "both/hub" in body}
+        for path in ("/adapters?after=both/hub", "/v1/models?after=both/hub", "/v1/models/both/hub"):
+            if (await ask(world.setup, path, None, **bearer)).status == 200:
+                found.add(path)
+        answer = await ask(world.setup, "/v1/completions", {"model": "both/hubs", "prompt": "A"}, **bearer)
+        assert answer.status == 404
+        return found | {"suggestion" for body in answer.bodies if "'both/hub'" in body}
+
+    everything = {"gRPC", "/adapters", "/v1/models", "/v1/models/both/hub", "suggestion"}
+    everything |= {"/adapters?after=both/hub", "/v1/models?after=both/hub"}
+    shards.stages_held.clear()
+    waiting = asyncio.create_task(use(secret, "ann"))
+    while not world.setup.replica.adapters.fetching():
+        await asyncio.sleep(0)
+    assert await knows("fay") == await knows("bob") == set()
+    shards.stages_held.set()
+    await waiting
+    assert await knows("fay") == await knows("bob") == set()
+    assert await knows("eve") == everything
+    assert "both/hub" not in (await world.call("GET /metrics"))[2]
+    await use(secret, "fay")  # with the same token
+    assert await knows("fay") == everything and await knows("bob") == set()
+    await use(MergedReference((secret, AdapterReference("both/one"))), "fay")
+    assert await knows("bob") == set()
+    (status,) = (await service.adapters.list("eve", only="both/hub,both/one")).adapters
+    assert status.source == "merged"
+    await use(replace(secret, token=""), "fay")  # it is public
+    assert await knows("bob") == everything
+
+
 async def test_no_method_tells_what_others_have(world: World) -> None:
     running = await world.fill()
     prompt, chat = {"token_ids": pb.TokenIds(ids=[1])}, {"text": "the prompt of ann"}

@@ -1,7 +1,7 @@
 """A tenant: what it may do, how much of it, and what it has in use. Pure policy: no clock, no files, no transport."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Annotated
@@ -95,6 +95,11 @@ class Tenant:
         if patterns is None:
             return True
         return all(any(fnmatchcase(id, pattern) for pattern in patterns) for id in adapter_id.split(","))
+
+    def may_see(self, adapter_id: str, known_to: Collection[str] | None) -> bool:
+        """Whether lists and suggestions show it this adapter. `known_to`: the tenants that alone know of it; None: all
+        do."""
+        return self.may_use(adapter_id) and (known_to is None or self.admin or self.name in known_to)
 
     def check_adapter(self, adapter: AdapterReference | MergedReference | None) -> None:
         """Raises ForbiddenError if this tenant may not use the adapter, or one of those to be merged."""

@@ -13,8 +13,10 @@ from loraplex_router.vocabulary.references import (
     MergedReference,
     Reference,
     Upload,
+    ids_of,
     key_of,
     merged_digest,
+    parts_of,
 )
 
 MAX_ENTRIES = 65536  # references remembered; clients choose them
@@ -28,6 +30,7 @@ class Entry:
     source: str
     revision: str
     digest: str
+    known_to: frozenset[str] | None = None  # the tenants that resolved it, if that takes a token; None: everybody
 
 
 class Resolutions:
@@ -65,13 +68,28 @@ class Resolutions:
         return replace(origin, source=entry.source, revision=entry.revision)
 
     def remember(self, reference: Reference, entry: Entry) -> None:
-        # A merged adapter is found through its parts; its entry only names it in listings.
-        key = entry.digest if isinstance(reference, MergedReference) else key_of(reference)
-        self._drop(key)
+        """Those who knew a secret one before know it still."""
+        key = _place(reference, entry.digest)
+        former = self._drop(key)
+        if former and former.id == entry.id and former.known_to and entry.known_to is not None:
+            entry = replace(entry, known_to=former.known_to | entry.known_to)
         self._entries[key] = entry
         self._keys.setdefault(entry.digest, {})[key] = entry
         if len(self._entries) > MAX_ENTRIES:
             self._drop(next(iter(self._entries)))
+
+    def is_secret(self, reference: Reference) -> bool:
+        """Whether what was resolved, or a part of it, is known only to some tenants."""
+        return any((entry := self.entry(part)) and entry.known_to is not None for part in parts_of(reference))
+
+    def tell(self, reference: Reference, digest: str, tenant: str) -> None:
+        """The tenant has resolved it: it knows it now, and everybody does if that took no token."""
+        key = _place(reference, digest)
+        entry = self._entries.get(key)
+        if entry is None or entry.known_to is None or entry.id != ",".join(ids_of(reference)):
+            return
+        known_to = entry.known_to | {tenant} if self.is_secret(reference) else None
+        self._entries[key] = self._keys[digest][key] = replace(entry, known_to=known_to)
 
     def of(self, digest: str) -> Collection[Entry]:
         """The entries of this content."""
@@ -87,8 +105,14 @@ class Resolutions:
             if id in (None, entry.id):
                 self._drop(key)
 
-    def _drop(self, key: str) -> None:
+    def _drop(self, key: str) -> Entry | None:
         if entry := self._entries.pop(key, None):
             del self._keys[entry.digest][key]
             if not self._keys[entry.digest]:
                 del self._keys[entry.digest]
+        return entry
+
+
+def _place(reference: Reference, digest: str) -> str:
+    """The key of its entry. A merged adapter is found through its parts; its entry only names it in listings."""
+    return digest if isinstance(reference, MergedReference) else key_of(reference)

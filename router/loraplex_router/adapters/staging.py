@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from loraplex_protos.errors import (
     AdapterSourceError,
@@ -37,6 +38,16 @@ logger = logging.getLogger(__name__)
 # has 64 threads for all calls.
 AT_A_TIME = 48
 
+HUB = "hub"  # the source to which a client's token goes: what it shows for one may be secret, even its name
+
+
+class Fetching(NamedTuple):
+    """A reference being staged."""
+
+    reference: Reference
+    tenants: set[str]  # that wait for it
+    task: asyncio.Task[Adapter]
+
 
 class AdapterStaging:
     """Stages requested adapters: each once at a time, many concurrently."""
@@ -55,7 +66,7 @@ class AdapterStaging:
         self._pool = pool
         self._resolutions = resolutions
         self._changes = changes
-        self._staging: dict[str, tuple[Reference, asyncio.Task[Adapter]]] = {}  # by the reference's key
+        self._staging: dict[str, Fetching] = {}  # by the reference's key
         self._unstaging: dict[str, asyncio.Task[None]] = {}  # by digest
         self._noting: dict[object, set[str]] = {}  # see _noting_unstaged
         self._leftover: set[str] = set()  # digests that only some ranks hold
@@ -67,9 +78,8 @@ class AdapterStaging:
         adapter = self._pool.get(digest)
         return None if adapter is None or (adapter.leaving and not adapter.wanted) else adapter
 
-    def fetching(self) -> list[Reference]:
-        """The references being staged."""
-        return [reference for reference, _ in self._staging.values()]
+    def fetching(self) -> list[Fetching]:
+        return list(self._staging.values())
 
     def nearness(self, reference: Reference) -> Nearness:
         """How close the adapter is to this replica's device."""
@@ -93,15 +103,17 @@ class AdapterStaging:
             adapter = self._staged(digest) if digest else None
             if adapter is not None:
                 adapter.names.add(",".join(ids_of(reference)))
+                self._resolutions.tell(reference, adapter.digest, tenant)
                 return adapter
-            staged = await self._once(key_of(reference), reference, lambda: self._bring(reference, tenant))
+            staged = await self._once(key_of(reference), reference, tenant, lambda: self._bring(reference, tenant))
             if self._staged(staged.digest) is staged:
+                self._resolutions.tell(reference, staged.digest, tenant)
                 return staged
 
     async def read_again(self, reference: AdapterReference) -> Adapter:
         """Rereads the source and stages its current content."""
         return await self._once(
-            f"{key_of(reference)} again", reference, lambda: self._stage(reference, reference.origin, "")
+            f"{key_of(reference)} again", reference, "", lambda: self._stage(reference, reference.origin, "")
         )
 
     async def unload(self, adapter: Adapter) -> None:
@@ -124,15 +136,16 @@ class AdapterStaging:
         return None if adapter is None or (adapter.leaving and not adapter.leases) else adapter
 
     async def _once(
-        self, key: str, reference: Reference, work: Callable[[], Coroutine[None, None, Adapter]]
+        self, key: str, reference: Reference, tenant: str, work: Callable[[], Coroutine[None, None, Adapter]]
     ) -> Adapter:
         """Runs the work for a key once at a time. Cancelling one caller does not stop it for the others."""
         if key not in self._staging:
             task = asyncio.create_task(work())
-            self._staging[key] = reference, task
+            self._staging[key] = Fetching(reference, set(), task)
             task.add_done_callback(lambda _: self._staging.pop(key))
             task.add_done_callback(lambda _: self._changes.notify())
-        return await asyncio.shield(self._staging[key][1])
+        self._staging[key].tenants.add(tenant)
+        return await asyncio.shield(self._staging[key].task)
 
     async def _bring(self, reference: Reference, tenant: str) -> Adapter:
         if isinstance(reference, MergedReference):
@@ -142,14 +155,17 @@ class AdapterStaging:
     async def _stage(self, reference: AdapterReference, source: AdapterReference | Upload, tenant: str) -> Adapter:
         staged = await self._on_shards(lambda: self._fetch(source), tenant)
         await self._check_room(staged)
+        secret = isinstance(source, AdapterReference) and source.token and staged.source == HUB
+        known_to = frozenset[str]() if secret else None  # to those who wait for it, once they get it
         if reference.version is not None and reference.version.digest not in ("", staged.digest):
             known = AdapterReference(source.id, source.source) if isinstance(source, Upload) else source
-            self._add(known, Entry(source.id, staged.source, staged.revision, staged.digest), staged)
+            self._add(known, Entry(source.id, staged.source, staged.revision, staged.digest, known_to), staged)
             raise AdapterSourceError(
                 f"the registry says that {reference.id} has the digest {reference.version.digest}, but the content of "
                 f"{'its upload' if isinstance(source, Upload) else quote(source.id)} now has {staged.digest}"
             )
-        return self._add(reference, Entry(reference.id, staged.source, staged.revision, staged.digest), staged)
+        entry = Entry(reference.id, staged.source, staged.revision, staged.digest, known_to)
+        return self._add(reference, entry, staged)
 
     async def _fetch(self, source: AdapterReference | Upload) -> StagedAdapter:
         if isinstance(source, Upload):
@@ -176,7 +192,8 @@ class AdapterStaging:
                 part.leases -= 1
             self._changes.notify()
         await self._check_room(staged)
-        return self._add(merged, Entry(",".join(ids_of(merged)), "merged", "", digest), staged)
+        known_to = frozenset[str]() if self._resolutions.is_secret(merged) else None
+        return self._add(merged, Entry(",".join(ids_of(merged)), "merged", "", digest, known_to), staged)
 
     async def _on_shards(self, bring: Callable[[], Coroutine[None, None, StagedAdapter]], tenant: str) -> StagedAdapter:
         """Runs `bring` until all shards have the adapter: again, if it was unstaged meanwhile."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
@@ -14,6 +14,7 @@ from loraplex_protos.errors import (
     AdapterSourceError,
     LoraplexError,
 )
+from loraplex_router.access.tenant import Tenant
 from loraplex_router.vocabulary.references import AdapterReference, Reference, ids_of
 
 MOST = 3
@@ -45,8 +46,11 @@ class Suggestions:
     """Adds suggestions to AdapterNotFoundError. However often clients ask for what does not exist, comparing names is
     done one at a time, and takes a tenth of the time at most."""
 
-    def __init__(self, names: Callable[[], Awaitable[frozenset[str]]], bare: Callable[[str], str]) -> None:
-        """`names` returns the names of the available adapters, `bare` what of a name permissions are for."""
+    def __init__(
+        self, names: Callable[[], Awaitable[Mapping[str, Collection[str] | None]]], bare: Callable[[str], str]
+    ) -> None:
+        """`names` returns the names of the available adapters, with the tenants that alone know of each, None: all do;
+        `bare` what of a name permissions are for."""
         self._names = names
         self._bare = bare
         self._thread = ThreadPoolExecutor(1, "suggestions")
@@ -54,27 +58,31 @@ class Suggestions:
         self._comparing = set[asyncio.Task[list[str]]]()
 
     @asynccontextmanager
-    async def for_missing(self, reference: Reference | None, may_use: Callable[[str], bool]) -> AsyncIterator[None]:
-        """A context in which the adapter is looked up. Suggests only names that the caller may use."""
+    async def for_missing(self, reference: Reference | None, tenant: Tenant) -> AsyncIterator[None]:
+        """A context in which the adapter is looked up. Suggests only names that the tenant may see."""
         try:
             yield
         except (AdapterNotFoundError, AdapterSourceError, AdapterForbiddenError) as error:
             if isinstance(reference, AdapterReference) and reference.version is not None:  # not the caller's mistake
                 raise type(error)(f"adapter {reference.id} of the registry: {error.message}") from error
-            found = await self._similar(ids_of(reference), may_use)
+            found = await self._similar(ids_of(reference), tenant)
             raise type(error)(error.message + asking(found)) from error
 
-    async def _similar(self, ids: Sequence[str], may_use: Callable[[str], bool]) -> list[str]:
+    async def _similar(self, ids: Sequence[str], tenant: Tenant) -> list[str]:
         try:
             known = await self._names()
         except LoraplexError:  # no replica can list adapters
             return []
-        missing = next((id for id in ids if id not in known), None)
+
+        def is_seen(name: str) -> bool:
+            return tenant.may_see(self._bare(name), known[name])
+
+        missing = next((id for id in ids if id not in known or not is_seen(id)), None)
         if missing is None:
             return []
         if len(self._comparing) >= MOST_WAITING:
             return []
-        task = asyncio.create_task(self._compare(missing, (name for name in known if may_use(self._bare(name)))))
+        task = asyncio.create_task(self._compare(missing, filter(is_seen, known)))
         self._comparing.add(task)
         task.add_done_callback(self._comparing.discard)
         return await asyncio.shield(task)  # a caller that leaves does not end its turn: the thread goes on

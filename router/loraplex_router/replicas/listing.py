@@ -4,7 +4,7 @@ import asyncio
 import heapq
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from operator import attrgetter, itemgetter
@@ -12,9 +12,11 @@ from typing import NamedTuple, TypeVar
 
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import AdapterNotFoundError, UnavailableError, quote
+from loraplex_router.access.tenant import Allowance, Tenant
 from loraplex_router.adapters.registry import COMMA, Registry
 from loraplex_router.adapters.registry import Line as Declared
 from loraplex_router.adapters.resolutions import Entry, Resolutions
+from loraplex_router.adapters.staging import HUB
 from loraplex_router.replicas.pins import Pins
 from loraplex_router.replicas.prefetching import Prefetching
 from loraplex_router.replicas.replica import Replica
@@ -29,11 +31,12 @@ from loraplex_router.replicas.statuses import (
     status_while_fetched,
 )
 from loraplex_router.vocabulary.adapter import Adapter, Fetch, LocalAdapter
-from loraplex_router.vocabulary.references import AdapterReference
+from loraplex_router.vocabulary.references import AdapterReference, Reference
 
 NAMES_KEPT = 20  # times as long as listing them took, which is slow if there are thousands
 AT_A_TIME = 100  # lines of a listing computed without a pause
 LISTING_KEPT = 60.0  # seconds, for the pages after the first one
+ADMINISTRATOR = Tenant("", Allowance(admin=True))  # who may see everything
 
 T = TypeVar("T")
 Fetches = Mapping[tuple[str, str, str], Fetch]  # by id, source and revision, as requested
@@ -44,6 +47,7 @@ class Line(NamedTuple):
     key: tuple[str, str, str]  # id, source and revision
     permitted: str  # the name that a tenant must be allowed to use
     status: Callable[[], pb.AdapterStatus | None]
+    known_to: Collection[str] | None = None  # the tenants that alone know of it; None: all do
 
     @property
     def id(self) -> str:
@@ -72,23 +76,23 @@ class Listing:
         self._listed_at = -LISTING_KEPT
         self._listing = asyncio.Lock()
         self._next_listing: asyncio.Task[Sequence[LocalAdapter]] | None = None  # which has not begun
-        self._names = frozenset[str]()
+        self._names: Mapping[str, Collection[str] | None] = {}
         self._named_until = 0.0
         self._naming: asyncio.Task[None] | None = None
         self.dropping: set[tuple[str, str]] = set()  # (digest, id) pairs that are forgotten once nothing needs them
 
     async def page(
-        self, visible: Callable[[str], bool] = lambda name: True, after: str = "", limit: int = 0, only: str = ""
+        self, tenant: Tenant = ADMINISTRATOR, after: str = "", limit: int = 0, only: str = ""
     ) -> AdapterPage:
         """Staged adapters under each requested name, adapters being staged, the registry, and the names in the adapter
-        directory: those with `visible` names after the id `after`, and at least `limit`, if there are so many. 0: all
-        of them. `only`: those with this id.
+        directory, as far as the tenant may see them: those after the id `after`, and at least `limit`, if there are so
+        many. 0: all of them. `only`: those with this id.
 
         Adapters with the same id are never on two pages. Pages after the first one are of the same adapter directory.
         Raises UnavailableError if no replica can list the directory.
         """
         local, fetches = await self._local(kept=bool(after)), await self._fetches()
-        several = [*self._loaded(visible), *self._fetching(fetches)]
+        several = self._staged(tenant, fetches)
         listed = {line.id for line in several}
         known = {line.id for line in several if line.key[1] in ("", "local")}
         several += self._registered(self._registry.upload_lines(), local, fetches, listed)
@@ -103,7 +107,7 @@ class Listing:
         for number, line in enumerate(lines):
             if number % AT_A_TIME == 0:
                 await asyncio.sleep(0)  # let other tasks run
-            if only not in ("", line.id) or not visible(line.permitted):
+            if only not in ("", line.id) or not tenant.may_use(line.permitted):
                 continue
             if limit and len(page) >= limit and page[-1].id != line.id:
                 return AdapterPage(page, True)
@@ -111,21 +115,28 @@ class Listing:
                 page.append(status)
         return AdapterPage(page, False)
 
-    def _loaded(self, visible: Callable[[str], bool] = lambda name: True) -> Iterator[Line]:
+    def _staged(self, tenant: Tenant, fetches: Fetches = NO_FETCHES) -> list[Line]:
+        """Those in memory, or on their way there, that the tenant knows of."""
+        lines = *self._loaded(tenant), *self._fetching(fetches)
+        return [line for line in lines if line.known_to is None or tenant.may_see(line.permitted, line.known_to)]
+
+    def _loaded(self, tenant: Tenant = ADMINISTRATOR) -> Iterator[Line]:
         held = {adapter.digest for replica in self._replicas for adapter in replica.pool}
-        entries = [entry for entry in self._resolutions if entry.digest in held]
-        names: dict[str, set[str]] = {}
-        for entry in entries:
-            names.setdefault(entry.digest, set()).add(entry.id)
-        hidden = {
-            digest: [id for id in ids if not visible(self._registry.bare(id))]
-            for digest, ids in names.items()
-            if len(ids) > 1
-        }
-        for entry in entries:
-            key, shared = (entry.id, entry.source, entry.revision), entry.digest in hidden
-            private = shared and any(id != entry.id for id in hidden[entry.digest])
-            yield Line(key, self._registry.bare(entry.id), partial(self._status, entry, shared, private))
+        entries: dict[str, list[Entry]] = {}
+        for entry in self._resolutions:
+            if entry.digest in held:
+                entries.setdefault(entry.digest, []).append(entry)
+        for of_content in entries.values():
+            shared = len({entry.id for entry in of_content}) > 1
+            hidden = {
+                entry.id
+                for entry in of_content
+                if shared and not tenant.may_see(self._registry.bare(entry.id), entry.known_to)
+            }
+            for entry in of_content:
+                key, private = (entry.id, entry.source, entry.revision), bool(hidden - {entry.id})
+                make = partial(self._status, entry, shared, private)
+                yield Line(key, self._registry.bare(entry.id), make, entry.known_to)
 
     async def _fetches(self) -> Fetches:
         """How far the fetches of all replicas are; of an adapter that several fetch, one of them."""
@@ -135,12 +146,16 @@ class Listing:
         return {(fetch.id, fetch.source, fetch.revision): fetch for fetch in found}
 
     def _fetching(self, fetches: Fetches = NO_FETCHES) -> Iterator[Line]:
-        fetched = {reference for replica in self._replicas for reference in replica.adapters.fetching()}
-        for reference in fetched:
+        tenants: dict[Reference, set[str]] = {}
+        for replica in self._replicas:
+            for fetching in replica.adapters.fetching():
+                tenants.setdefault(fetching.reference, set()).update(fetching.tenants)
+        for reference, waiting in tenants.items():
             if isinstance(reference, AdapterReference) and not self._resolutions.digest(reference):
                 key = reference.id, reference.source, reference.revision
                 make = partial(status_while_fetched, reference, _fetch_of(reference, fetches))
-                yield Line(key, self._registry.bare(reference.id), make)
+                known_to = waiting if reference.token and reference.origin.source in ("", HUB) else None
+                yield Line(key, self._registry.bare(reference.id), make, known_to)
 
     def _registered(
         self, declared: Iterable[Declared], local: Sequence[LocalAdapter], fetches: Fetches, listed: Container[str]
@@ -189,19 +204,21 @@ class Listing:
             self._listed_at = time.monotonic()
             return self._listed
 
-    async def lists(self, id: str) -> bool:
+    async def lists(self, id: str, tenant: Tenant) -> bool:
         """Whether `page` has this id."""
-        several = [*self._loaded(), *self._fetching()]
-        return self._registry.lists(id) or any(line.id == id for line in several) or await self.in_directory(id)
+        if not tenant.may_use(self._registry.bare(id)):
+            return False
+        staged = any(line.id == id for line in self._staged(tenant))
+        return staged or self._registry.lists(id) or await self.in_directory(id)
 
     async def in_directory(self, id: str) -> bool:
         """Whether the adapter directory has this name, as of a short while ago."""
         return _find(await self._local(kept=True), id) is not None
 
-    async def names(self) -> frozenset[str]:
+    async def names(self) -> Mapping[str, Collection[str] | None]:
         """The names of available adapters, except merged ones, and those on the hub and in object stores that were
-        never requested. May be some seconds old, or older if there are many. Those who ask while they are listed wait
-        for the same listing."""
+        never requested. With the tenants that alone know of each; None: all do. May be some seconds old, or older if
+        there are many. Those who ask while they are listed wait for the same listing."""
         if time.monotonic() >= self._named_until:
             if self._naming is None or self._naming.done():
                 self._naming = asyncio.create_task(self._list_names())
@@ -211,9 +228,16 @@ class Listing:
     async def _list_names(self) -> None:
         began = time.monotonic()
         local = await self._local()
-        known = {line.id for line in (*self._loaded(), *self._fetching()) if COMMA not in line.id}
-        known.update(id for id, _ in (*self._registry.content.lines, *self._registry.upload_lines()))
-        self._names = frozenset(known.union(adapter.id for adapter in local if not adapter.fault))
+        names: dict[str, Collection[str] | None] = {}
+        for line in (*self._loaded(), *self._fetching()):
+            if COMMA not in line.id:
+                known_to = names.get(line.id, ())
+                if known_to is None or line.known_to is None:
+                    names[line.id] = None
+                else:
+                    names[line.id] = {*known_to, *line.known_to}
+        names |= dict.fromkeys(id for id, _ in (*self._registry.content.lines, *self._registry.upload_lines()))
+        self._names = names | dict.fromkeys(adapter.id for adapter in local if not adapter.fault)
         now = time.monotonic()
         self._named_until = now + NAMES_KEPT * (now - began)
 

@@ -64,7 +64,7 @@ class Adapters:
         """Adapters that are staged or in the adapter directory, as far as the caller may use them: those after the id
         `after`, and at most `limit`, but for those with the same id. 0: all of them. `only`: those with this id."""
         tenant = self._keys.tenant(key)
-        page = await self._administration.listing.page(tenant.may_use, after, limit, only)
+        page = await self._administration.listing.page(tenant, after, limit, only)
         for number, status in enumerate(page.adapters):
             self._remarked(status)
             if status.state in (REGISTERED, ALIAS) and self._registry.fault:
@@ -84,13 +84,12 @@ class Adapters:
 
     async def lists(self, id: str, key: str | None = None) -> bool:
         """Whether `list` has this id for the caller."""
-        tenant = self._keys.tenant(key)
-        return tenant.may_use(self._registry.bare(id)) and await self._administration.listing.lists(id)
+        return await self._administration.listing.lists(id, self._keys.tenant(key))
 
     async def load(self, reference: AdapterReference, key: str | None = None) -> AdapterStatus:
         """Rereads the adapter's source and stages its current content. For administrators."""
         with self._administered("load", reference, key) as tenant:
-            async with self._suggestions.for_missing(reference, tenant.may_use):
+            async with self._suggestions.for_missing(reference, tenant):
                 return self._remarked(await self._administration.load(await self._resolved(reference)))
 
     async def upload(
@@ -113,7 +112,7 @@ class Adapters:
         with audited("register", self._keys, key, adapter=AdapterReference(name)):
             tenant = self._keys.administrator(key)
             self._check_named(reference)
-            async with self._suggestions.for_missing(reference, tenant.may_use):
+            async with self._suggestions.for_missing(reference, tenant):
                 return self._remarked(await self._declarations.register(name, reference, expected_version))
 
     async def set_alias(
@@ -153,7 +152,7 @@ class Adapters:
         """
         reference = name if isinstance(name, AdapterReference) else None
         with self._administered("pin", name, key) as tenant:
-            async with self._suggestions.for_missing(reference, tenant.may_use):
+            async with self._suggestions.for_missing(reference, tenant):
                 return self._remarked(await self._administration.pin(await self._resolved(name)))
 
     async def unpin(self, name: AdapterReference | str, key: str | None = None) -> AdapterStatus:

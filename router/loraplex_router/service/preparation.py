@@ -151,7 +151,7 @@ class Preparation:
         beside: Lease | None,
         digest: str = "",
     ) -> Lease:
-        async with self._suggestions.for_missing(reference, tenant.may_use):
+        async with self._suggestions.for_missing(reference, tenant):
             return await self._replicas.place(reference, grammar, beside, tenant.name, digest)
 
 
