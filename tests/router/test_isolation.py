@@ -14,9 +14,10 @@ import grpc
 import pytest
 
 from loraplex_protos import generation_pb2 as pb
-from loraplex_protos.errors import AdapterNotFoundError, ForbiddenError
+from loraplex_protos.errors import AdapterError, AdapterNotFoundError, ForbiddenError
 from loraplex_protos.generation_pb2_grpc import GenerationServiceStub
 from loraplex_router.access.keys import TenantSettings
+from loraplex_router.adapters.registry_content import read_registry
 from loraplex_router.api.grpc import GenerationApi, GrpcServer
 from loraplex_router.batches.folder import BatchFolder
 from loraplex_router.engine.generation import Generation
@@ -360,6 +361,38 @@ async def test_what_was_resolved_with_a_token_is_known_only_to_who_resolved_it_a
     assert status.source == "merged"
     await use(replace(secret, token=""), "fay")  # it is public
     assert await knows("bob") == everything
+
+
+async def test_what_is_wrong_with_a_registered_adapter_does_not_name_its_origin_to_who_may_not_use_that(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service, shards, digest = world.setup.service, world.setup.shards, f"{1:064}"
+    origins = {1: "id: ann/gone", 2: f"id: ann/changed, digest: '{digest}'", 3: "id: ann/secret, digest: plan"}
+    origins |= {4: "id: ann/refused, source: hub", 5: "id: ann/broken, source: local"}
+    versions = ", ".join(f"{number}: {{{origin}}}" for number, origin in origins.items())
+    (tmp_path / "faulty.yaml").write_text(f"adapters: {{public: {{{versions}}}}}")
+    world.setup.registry.update(read_registry(tmp_path / "faulty.yaml"))
+    shards.absent |= {"ann/gone", "ann/refused"}
+    shards.refused = {"ann/refused": "ann/refused is not on the hub"}
+    shards.local = [LocalAdapter("ann/broken", "ann/broken is cut short")]
+    await world.setup.prefetching._look()
+    refusals = {
+        1: "adapter public@1 of the registry cannot be found in its source: ",
+        2: "adapter public@2 of the registry cannot be fetched from its source, or is not what the registry says: ",
+        3: "'public@3' of the registry cannot be served: ",
+    }
+    for number, refusal in refusals.items():
+        wanted = Request(prompt=(1,), adapter=AdapterReference(f"public@{number}"), max_new_tokens=1)
+        with pytest.raises(AdapterError) as told:
+            await service.generate(wanted, "bob")
+        assert told.value.message == refusal + "tell the administrator, who sees why"
+        with pytest.raises(AdapterError) as whole:
+            await service.generate(wanted, "eve")
+        assert SECRETS.search(whole.value.message) and (number == 3 or whole.value.message in caplog.text)
+    for key, hides in ("bob", True), ("eve", False):
+        reasons = [status.reason for status in (await service.adapters.list(key)).adapters if "public@" in status.id]
+        assert [bool(reason) for reason in reasons] == [False, False, True, True, True]
+        assert all((reason == "tell the administrator, who sees why") == hides for reason in reasons if reason)
 
 
 async def test_no_method_tells_what_others_have(world: World) -> None:

@@ -101,6 +101,10 @@ class Tenant:
         do."""
         return self.may_use(adapter_id) and (known_to is None or self.admin or self.name in known_to)
 
+    def may_know(self, origin_id: str) -> bool:
+        """Whether it is told what a name of the registry stands for."""
+        return self.admin or self.may_use(origin_id)
+
     def check_adapter(self, adapter: AdapterReference | MergedReference | None) -> None:
         """Raises ForbiddenError if this tenant may not use the adapter, or one of those to be merged."""
         for reference in parts_of(adapter):

@@ -19,6 +19,7 @@ from loraplex_router.vocabulary.references import AdapterReference, MergedRefere
 
 AT = "@"  # between a name and a version; registered names do not contain it
 COMMA = ","  # between the ids of adapters that are merged; no id contains it
+ADMINISTRATORS_SEE = "tell the administrator, who sees why"  # instead of a reason, which may name a version's origin
 
 # An id, with the version that it names, or with what it stands for: an alias's targets, or a name's newest version.
 Line: TypeAlias = tuple[str, AdapterReference | Mapping[str, float]]
@@ -101,21 +102,27 @@ class Registry:
             return replace(reference, adapters=tuple(self._named(part) for part in reference.adapters))
         return reference and self._named(reference)
 
-    def resolve(self, reference: Reference | None, session: str) -> Reference | None:
+    def resolve(
+        self, reference: Reference | None, session: str, may_know: Callable[[str], bool] = lambda origin_id: True
+    ) -> Reference | None:
         """The reference to the version that it names, or to the source that it names. Of an alias with weights, the
-        session decides; equal sessions get the same version from every router.
+        session decides; equal sessions get the same version from every router. Who may not know a version's origin is
+        not told its fault.
 
         Raises AdapterNotFoundError for a version that a registered name does not have, InvalidRequestError for a
         revision of a registered name.
         """
         if isinstance(reference, MergedReference):
-            return replace(reference, adapters=tuple(self.resolve_one(part, session) for part in reference.adapters))
-        return reference and self.resolve_one(reference, session)
+            parts = tuple(self.resolve_one(part, session, may_know) for part in reference.adapters)
+            return replace(reference, adapters=parts)
+        return reference and self.resolve_one(reference, session, may_know)
 
     def _named(self, reference: AdapterReference) -> AdapterReference:
         return reference if reference.source else replace(reference, id=self.bare(reference.id), asked=reference.id)
 
-    def resolve_one(self, reference: AdapterReference, session: str | None) -> AdapterReference:
+    def resolve_one(
+        self, reference: AdapterReference, session: str | None, may_know: Callable[[str], bool] = lambda origin_id: True
+    ) -> AdapterReference:
         """As resolve. Without a session, an alias of several adapters is refused."""
         asked = target = reference.id
         if not self.has(self.bare(asked)):
@@ -135,7 +142,8 @@ class Registry:
             versions = ", ".join(map(str, sorted(self._versions(self.bare(target)))))
             raise AdapterNotFoundError(f"the registry has no {quote(target)}; its versions: {versions}")
         if version.fault:
-            raise AdapterInvalidError(f"{quote(target)} of the registry cannot be served: {version.fault}")
+            why = version.fault if may_know(version.origin.id) else ADMINISTRATORS_SEE
+            raise AdapterInvalidError(f"{quote(target)} of the registry cannot be served: {why}")
         return replace(reference_to(version), token=reference.token, asked=asked)
 
     def find(self, target: str) -> Version | None:

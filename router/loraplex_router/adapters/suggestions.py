@@ -1,6 +1,7 @@
 """Suggestions for a request whose adapter does not exist."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,19 +10,31 @@ from difflib import get_close_matches
 from heapq import nlargest
 
 from loraplex_protos.errors import (
+    AdapterError,
     AdapterForbiddenError,
     AdapterNotFoundError,
     AdapterSourceError,
     LoraplexError,
+    quote,
 )
 from loraplex_router.access.tenant import Tenant
+from loraplex_router.adapters.registry import ADMINISTRATORS_SEE
 from loraplex_router.vocabulary.references import AdapterReference, Reference, ids_of
+
+logger = logging.getLogger(__name__)
 
 MOST = 3
 COMPARED = 200  # names at most: comparing is slow
 PART = 3  # characters
 MOST_WAITING = 4  # requests whose name is compared; further ones get no suggestion
 PAUSE = 9  # times as long as the comparison before it took, which holds the interpreter's lock
+
+# What is wrong with a registered adapter, for those who may not know its origin.
+FAULTS: Mapping[type[AdapterError], str] = {
+    AdapterNotFoundError: "cannot be found in its source",
+    AdapterSourceError: "cannot be fetched from its source, or is not what the registry says",
+    AdapterForbiddenError: "is not handed out by its source",
+}
 
 
 def similar(name: str, names: Iterable[str]) -> list[str]:
@@ -40,6 +53,15 @@ def similar(name: str, names: Iterable[str]) -> list[str]:
 def asking(names: Sequence[str]) -> str:
     """The end of an error's message; empty if there is nothing to suggest."""
     return f"; did you mean {' or '.join(map(repr, names))}?" if names else ""
+
+
+def _of_registered(error: AdapterError, version: AdapterReference, tenant: Tenant) -> AdapterError:
+    """The error about a version in the registry, for a tenant: its message may name the origin and its digest."""
+    whole = f"adapter {version.id} of the registry: {error.message}"
+    if tenant.may_know(version.origin.id):
+        return type(error)(whole)
+    logger.warning("tenant %s: %s", quote(tenant.name), whole)
+    return type(error)(f"adapter {version.id} of the registry {FAULTS[type(error)]}: {ADMINISTRATORS_SEE}")
 
 
 class Suggestions:
@@ -64,7 +86,7 @@ class Suggestions:
             yield
         except (AdapterNotFoundError, AdapterSourceError, AdapterForbiddenError) as error:
             if isinstance(reference, AdapterReference) and reference.version is not None:  # not the caller's mistake
-                raise type(error)(f"adapter {reference.id} of the registry: {error.message}") from error
+                raise _of_registered(error, reference, tenant) from error
             found = await self._similar(ids_of(reference), tenant)
             raise type(error)(error.message + asking(found)) from error
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 from loraplex_protos import generation_pb2 as pb
 from loraplex_protos.errors import AdapterNotFoundError, UnavailableError, quote
 from loraplex_router.access.tenant import Allowance, Tenant
-from loraplex_router.adapters.registry import COMMA, Registry
+from loraplex_router.adapters.registry import ADMINISTRATORS_SEE, COMMA, Registry
 from loraplex_router.adapters.registry import Line as Declared
 from loraplex_router.adapters.resolutions import Entry, Resolutions
 from loraplex_router.adapters.staging import HUB
@@ -48,6 +48,7 @@ class Line(NamedTuple):
     permitted: str  # the name that a tenant must be allowed to use
     status: Callable[[], pb.AdapterStatus | None]
     known_to: Collection[str] | None = None  # the tenants that alone know of it; None: all do
+    origin: str = ""  # the id of what a registered name stands for
 
     @property
     def id(self) -> str:
@@ -112,6 +113,8 @@ class Listing:
             if limit and len(page) >= limit and page[-1].id != line.id:
                 return AdapterPage(page, True)
             if (status := line.status()) is not None:  # None: no replica holds it any more
+                if status.reason and line.origin and not tenant.may_know(line.origin):
+                    status.reason = ADMINISTRATORS_SEE
                 page.append(status)
         return AdapterPage(page, False)
 
@@ -155,7 +158,8 @@ class Listing:
                 key = reference.id, reference.source, reference.revision
                 make = partial(status_while_fetched, reference, _fetch_of(reference, fetches))
                 known_to = waiting if reference.token and reference.origin.source in ("", HUB) else None
-                yield Line(key, self._registry.bare(reference.id), make, known_to)
+                origin = reference.origin.id if reference.version is not None else ""
+                yield Line(key, self._registry.bare(reference.id), make, known_to, origin)
 
     def _registered(
         self, declared: Iterable[Declared], local: Sequence[LocalAdapter], fetches: Fetches, listed: Container[str]
@@ -165,7 +169,7 @@ class Listing:
                 yield Line((id, "", ""), id, partial(status_of_alias, id, meant))
             elif id not in listed:
                 make = partial(self._status_registered, meant, local, fetches)
-                yield Line((id, meant.origin.source, ""), self._registry.bare(id), make)
+                yield Line((id, meant.origin.source, ""), self._registry.bare(id), make, origin=meant.origin.id)
 
     def _status_registered(
         self, version: AdapterReference, local: Sequence[LocalAdapter], fetches: Fetches

@@ -218,18 +218,18 @@ class Requests:
         meant = replace_ids(part.adapter, saved.record.adapters)
         await self._declarations.catch_up(meant)
         tenant.check_adapter(self._registry.named(part.adapter))
-        adapter = self._as_begun(meant, saved.record)
+        adapter = self._as_begun(meant, saved.record, tenant)
         sampling = part.sampling.model_copy(update={"seed": saved.record.seed})
         request_id = saved.record.request_id
         if self._running.has(tenant.name, request_id):  # the former request cannot end: it waits for its client to read
             request_id = ""
         return replace(part, request_id=request_id, adapter=asked_as(adapter, part.adapter), sampling=sampling)
 
-    def _as_begun(self, meant: Reference | None, record: Record) -> Reference | None:
+    def _as_begun(self, meant: Reference | None, record: Record, tenant: Tenant) -> Reference | None:
         """What the versions are that a stream began with. One that is not registered any more is served as long as its
         content is: by another version, or from a replica's memory. Raises AdapterConflictError."""
         try:
-            return self._registry.resolve(meant, "")
+            return self._registry.resolve(meant, "", tenant.may_know)
         except AdapterNotFoundError as error:
             assert isinstance(meant, AdapterReference | MergedReference)
             name, number = meant.id.split(AT) if isinstance(meant, AdapterReference) else ("", "")
@@ -257,7 +257,7 @@ class Requests:
         empty: any. Raises ForbiddenError if the tenant may not use the name."""
         await self._declarations.catch_up(adapter)
         tenant.check_adapter(self._registry.named(adapter))
-        return self._registry.resolve(adapter, session or new_session())
+        return self._registry.resolve(adapter, session or new_session(), tenant.may_know)
 
 
 def _refuse(why: str) -> Mapping[str, memoryview]:
