@@ -112,9 +112,11 @@ class BatchNotFoundError(LoraplexError):
 
 
 class AdapterError(LoraplexError):
-    """Base of all errors about an adapter. `field` is the request's that names it."""
+    """Base of all errors about an adapter. `field` is the request's that names it; `place`: which of several that are
+    to be merged it is."""
 
     field = "adapter.id"
+    place: int | None = None
 
 
 class AdapterNotFoundError(AdapterError):

@@ -383,9 +383,11 @@ async def test_what_is_wrong_with_a_registered_adapter_does_not_name_its_origin_
     }
     for number, refusal in refusals.items():
         wanted = Request(prompt=(1,), adapter=AdapterReference(f"public@{number}"), max_new_tokens=1)
-        with pytest.raises(AdapterError) as told:
-            await service.generate(wanted, "bob")
-        assert told.value.message == refusal + "tell the administrator, who sees why"
+        merged = MergedReference((AdapterReference("bob/own"), AdapterReference(f"public@{number}")))
+        for each in wanted, replace(wanted, adapter=merged):
+            with pytest.raises(AdapterError) as told:
+                await service.generate(each, "bob")
+            assert told.value.message == refusal + "tell the administrator, who sees why"
         with pytest.raises(AdapterError) as whole:
             await service.generate(wanted, "eve")
         assert SECRETS.search(whole.value.message) and (number == 3 or whole.value.message in caplog.text)

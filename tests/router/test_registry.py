@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from loraplex_protos.adapter_names import is_id
 from loraplex_protos.errors import (
+    AdapterError,
     AdapterInvalidError,
     AdapterNotFoundError,
     AdapterSourceError,
@@ -40,6 +41,7 @@ from loraplex_router.adapters import registry_file, registry_process
 from loraplex_router.adapters.registry import Registered, Registry
 from loraplex_router.adapters.registry_content import RegistryFileError, read_registry
 from loraplex_router.adapters.registry_file import RegistryFile
+from loraplex_router.vocabulary.adapter import LocalAdapter, StagedAdapter
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 from loraplex_router.vocabulary.request import Request
 from tests.router.test_engine import Setup
@@ -387,6 +389,35 @@ async def test_a_version_whose_source_lacks_it_is_the_operators_mistake(cluster:
     cluster.registry.update(read_content({"adapters": {"x": {1: {"id": "absent"}}}}))
     with pytest.raises(AdapterNotFoundError, match=r"^adapter x@1 of the registry: no absent$"):
         await cluster.service.generate(request(1, 1, "x"), ADMIN_KEY)
+
+
+async def test_an_error_about_one_of_several_adapters_to_be_merged_names_it(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    async def stage(reference: AdapterReference) -> StagedAdapter:
+        if reference.id in errors:
+            raise errors[reference.id]
+        return await staged(reference)
+
+    shards = cluster.replica.shards
+    errors = {"broken": AdapterInvalidError("it has no weights"), "slow": AdapterSourceError("the hub is busy")}
+    errors |= {"bee": AdapterNotFoundError("the hub has no 'bee'")}
+    staged = shards.stage
+    monkeypatch.setattr(shards, "stage", stage)
+    shards.local = [LocalAdapter("a"), LocalAdapter("beer")]
+    declared = {"lost": {1: {"id": "absent"}}, "bad": {1: {"id": "broken"}}}
+    cluster.registry.update(read_content({"adapters": declared}))
+    for id, message in (
+        ("broken", "adapter 'broken': it has no weights"),
+        ("slow", "adapter 'slow': the hub is busy"),
+        ("bee", "the hub has no 'bee'; did you mean 'beer'?"),
+        ("lost", "adapter lost@1 of the registry: no absent"),
+        ("bad", "adapter bad@1 of the registry: it has no weights"),
+    ):
+        merged = MergedReference((AdapterReference("a"), AdapterReference(id)))
+        with pytest.raises(AdapterError) as refusal:
+            await cluster.service.generate(Request(prompt=(1,), adapter=merged, max_new_tokens=1), ADMIN_KEY)
+        assert refusal.value.message == message
 
 
 async def test_running_sequences_keep_a_version_that_leaves_the_registry(cluster: Cluster):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from loraplex_protos.errors import (
+    AdapterError,
     AdapterSourceError,
     FieldViolation,
     InvalidRequestError,
@@ -176,7 +177,7 @@ class AdapterStaging:
         parts: list[Adapter] = []
         try:
             for place, reference in enumerate(merged.adapters):
-                part = await self.resolve(reference, tenant)
+                part = await self._resolve_part(reference, place, tenant)
                 part.leases += 1
                 parts.append(part)
                 if part.invocation is not None:
@@ -194,6 +195,15 @@ class AdapterStaging:
         await self._check_room(staged)
         known_to = frozenset[str]() if self._resolutions.is_secret(merged) else None
         return self._add(merged, Entry(",".join(ids_of(merged)), "merged", "", digest, known_to), staged)
+
+    async def _resolve_part(self, reference: AdapterReference, place: int, tenant: str) -> Adapter:
+        """Stages one of the adapters to be merged. An error about it says which it is."""
+        try:
+            return await self.resolve(reference, tenant)
+        except AdapterError as error:
+            of_part = type(error)(error.message)  # not the same one: others may wait for this adapter alone
+            of_part.place = place
+            raise of_part from error
 
     async def _on_shards(self, bring: Callable[[], Coroutine[None, None, StagedAdapter]], tenant: str) -> StagedAdapter:
         """Runs `bring` until all shards have the adapter: again, if it was unstaged meanwhile."""

@@ -1,4 +1,4 @@
-"""Suggestions for a request whose adapter does not exist."""
+"""What is said of an adapter that cannot be served: which one it is, and suggestions if it does not exist."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ from loraplex_protos.errors import (
 )
 from loraplex_router.access.tenant import Tenant
 from loraplex_router.adapters.registry import ADMINISTRATORS_SEE
-from loraplex_router.vocabulary.references import AdapterReference, Reference, ids_of
+from loraplex_router.vocabulary.references import AdapterReference, Reference, ids_of, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +55,22 @@ def asking(names: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, names))}?" if names else ""
 
 
-def _of_registered(error: AdapterError, version: AdapterReference, tenant: Tenant) -> AdapterError:
-    """The error about a version in the registry, for a tenant: its message may name the origin and its digest."""
+def _of_registered(error: AdapterError, version: AdapterReference, tenant: Tenant) -> str:
+    """The message for a tenant about a version in the registry: the error's may name the origin and its digest."""
     whole = f"adapter {version.id} of the registry: {error.message}"
-    if tenant.may_know(version.origin.id):
-        return type(error)(whole)
+    if type(error) not in FAULTS or tenant.may_know(version.origin.id):
+        return whole
     logger.warning("tenant %s: %s", quote(tenant.name), whole)
-    return type(error)(f"adapter {version.id} of the registry {FAULTS[type(error)]}: {ADMINISTRATORS_SEE}")
+    return f"adapter {version.id} of the registry {FAULTS[type(error)]}: {ADMINISTRATORS_SEE}"
+
+
+def _of_part(error: AdapterError, name: str) -> str:
+    """The message about one of several adapters, which names it."""
+    return error.message if name in error.message else f"adapter {name}: {error.message}"
 
 
 class Suggestions:
-    """Adds suggestions to AdapterNotFoundError. However often clients ask for what does not exist, comparing names is
+    """Adds names and suggestions to errors. However often clients ask for what does not exist, comparing names is
     done one at a time, and takes a tenth of the time at most."""
 
     def __init__(
@@ -81,14 +86,20 @@ class Suggestions:
 
     @asynccontextmanager
     async def for_missing(self, reference: Reference | None, tenant: Tenant) -> AsyncIterator[None]:
-        """A context in which the adapter is looked up. Suggests only names that the tenant may see."""
+        """A context in which the adapter is looked up. Errors name it if it is of the registry, or one of several to be
+        merged. Suggests only names that the tenant may see."""
         try:
             yield
-        except (AdapterNotFoundError, AdapterSourceError, AdapterForbiddenError) as error:
-            if isinstance(reference, AdapterReference) and reference.version is not None:  # not the caller's mistake
-                raise _of_registered(error, reference, tenant) from error
-            found = await self._similar(ids_of(reference), tenant)
-            raise type(error)(error.message + asking(found)) from error
+        except AdapterError as error:
+            if error.place is None and type(error) not in FAULTS:
+                raise
+            adapter = reference if error.place is None else parts_of(reference)[error.place]
+            if isinstance(adapter, AdapterReference) and adapter.version is not None:  # not the caller's mistake
+                raise type(error)(_of_registered(error, adapter, tenant)) from error
+            ids = ids_of(adapter)
+            message = error.message if error.place is None else _of_part(error, quote(ids[0]))
+            found = await self._similar(ids, tenant) if type(error) in FAULTS else []
+            raise type(error)(message + asking(found)) from error
 
     async def _similar(self, ids: Sequence[str], tenant: Tenant) -> list[str]:
         try:
