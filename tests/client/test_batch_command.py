@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import Empty, Queue
 from threading import Event, Thread
 
 import pytest
@@ -54,6 +55,31 @@ class Hanging(UnknownKey):
             self.send_error(401)
 
 
+class Restarting(Answering):
+    """Has no answer until several calls have come."""
+
+    refusals = Queue[int]()
+
+    def do_POST(self) -> None:
+        try:
+            self.send_error(self.refusals.get_nowait())
+        except Empty:
+            super().do_POST()
+
+
+class Stopping(UnknownKey):
+    """Cancels the line it was given, and is gone."""
+
+    stopped = Event()
+
+    def do_POST(self) -> None:
+        if self.stopped.is_set():
+            self.close_connection = True
+        else:
+            self.stopped.set()
+            self.send_error(499)
+
+
 @pytest.fixture
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), request.param) as server:
@@ -75,11 +101,25 @@ def batch(requests: Path, answers: Path, url: str = "http://127.0.0.1:1") -> Res
     return CliRunner().invoke(app, ["batch", str(requests), str(answers), "--url", url], env={"COLUMNS": "200"})
 
 
-def test_a_file_of_something_else_than_answers_is_left_as_it_is(requests: Path) -> None:
-    before = requests.read_bytes()
-    result = batch(requests, requests)
+@pytest.mark.parametrize("content", [json.dumps(LINE), '{"id": "chatcmpl-123", "choices": []}', '{"id": "batch_42"'])
+def test_a_file_of_something_else_than_answers_is_left_as_it_is(requests: Path, tmp_path: Path, content: str) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(content)
+    result = batch(requests, other)
     assert result.exit_code == 2 and "has other lines than answers: name another file" in result.output
-    assert requests.read_bytes() == before
+    assert other.read_text() == content
+
+
+@pytest.mark.parametrize("url", [Answering], indirect=True)
+@pytest.mark.parametrize("length", [1, 10, 30])
+def test_an_answer_that_was_not_written_completely_is_written_again(
+    requests: Path, tmp_path: Path, url: str, length: int
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    assert batch(requests, answers, url).exit_code == 0
+    answers.write_bytes(answers.read_bytes()[:length])
+    assert batch(requests, answers, url).exit_code == 0
+    assert [json.loads(line)["custom_id"] for line in answers.read_text().splitlines()] == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +133,30 @@ def test_a_line_that_nobody_could_answer_is_sent_again_by_the_next_call(
     answers = tmp_path / "answers.jsonl"
     result = batch(requests, answers, url)
     assert result.exit_code == 1 and message in result.output
+    assert answers.read_bytes() == b""
+
+
+@pytest.mark.parametrize("url", [Restarting], indirect=True)
+def test_a_line_is_sent_until_the_server_answers_it(
+    requests: Path, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex.cli.batch.LONGEST_WAIT", 0.01)
+    for status in (429, 499, 502, 503, 504):
+        Restarting.refusals.put(status)
+    answers = tmp_path / "answers.jsonl"
+    assert batch(requests, answers, url).exit_code == 0
+    assert Restarting.refusals.empty()
+    assert [json.loads(line)["response"]["status_code"] for line in answers.read_text().splitlines()] == [200]
+
+
+@pytest.mark.parametrize("url", [Stopping], indirect=True)
+def test_a_line_that_a_stopping_server_cancels_is_sent_again_by_the_next_call(
+    requests: Path, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex.cli.batch.LONGEST_WAIT", 0.01)
+    answers = tmp_path / "answers.jsonl"
+    result = batch(requests, answers, url)
+    assert result.exit_code == 1 and "no server answers" in result.output
     assert answers.read_bytes() == b""
 
 

@@ -18,10 +18,11 @@ from loraplex.cli.connection import ApiKey
 from loraplex.cli.http import open_url, read_url
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
-BEGINNING = b'{"id"'  # of an answer
+BATCH_ID = "batch_req_"
+BEGINNING = f'{{"id": "{BATCH_ID}'.encode()  # of an answer
 LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # to str.splitlines, though not in JSON
-BUSY = (429, 503)
-LONGEST_WAIT = 30.0  # seconds before a line that met a busy server is sent again
+UNANSWERED = (429, 499, 502, 503, 504)  # the server is busy or stops (499), or a gateway does not reach it
+LONGEST_WAIT = 30.0  # seconds before a line that was not answered is sent again
 SECONDS = 3600.0  # without a byte of an answer, until the server counts as unreachable
 
 Line = dict[str, Any]
@@ -108,7 +109,8 @@ def _open(path: Path) -> IO[bytes]:
         raise typer.BadParameter(f"cannot be written: {error.strerror}", param_hint="ANSWERS") from error
     file.seek(0)
     whole, newline, torn = file.read().rpartition(b"\n")
-    if not all(_is_answer(_parse(line)) for line in whole.splitlines()) or not BEGINNING.startswith(torn[:5]):
+    torn_answer = BEGINNING.startswith(torn[: len(BEGINNING)])
+    if not torn_answer or not all(_is_answer(_parse(line)) for line in whole.splitlines()):
         file.close()
         raise typer.BadParameter("has other lines than answers: name another file", param_hint="ANSWERS")
     file.truncate(len(whole + newline))
@@ -170,8 +172,8 @@ def _write(row: Line | Exception, output: IO[bytes]) -> bool:
 
 
 def _ask(line: Line, url: str, api_key: str | None, stop: threading.Event) -> Line:
-    """The answer to a line, however often a busy server refuses it first, until `stop`. Raises OSError or HTTPException
-    if nobody does."""
+    """The answer to a line, which is sent again while the server has none, until `stop`. Raises OSError or
+    HTTPException if nobody answers."""
     headers = {"Content-Type": "application/json", "Priority": "u=7"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
@@ -183,7 +185,7 @@ def _ask(line: Line, url: str, api_key: str | None, stop: threading.Event) -> Li
         except HTTPError as error:
             after = error.headers.get("Retry-After", "")
             seconds = min(float(after) if after.isdecimal() else pause, LONGEST_WAIT)
-            if error.code not in BUSY or stop.wait(seconds):
+            if error.code not in UNANSWERED or stop.wait(seconds):
                 return _row(line, error.code, error.headers, error.read())
             pause = min(2 * pause, LONGEST_WAIT)
 
@@ -194,5 +196,5 @@ def _row(line: Line, status: int, headers: Any, body: bytes) -> Line:
     except ValueError:
         answer = {"error": {"message": body.decode(errors="replace")[:1000]}}
     response = {"status_code": status, "request_id": headers.get("X-Request-Id", ""), "body": answer}
-    id = f"batch_req_{secrets.token_hex(12)}"
+    id = f"{BATCH_ID}{secrets.token_hex(12)}"
     return {"id": id, "custom_id": line["custom_id"], "response": response, "error": None}
