@@ -1,5 +1,6 @@
 """`loraplex batch` keeps to its files, and stops where no line can be answered."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -158,6 +159,17 @@ def test_a_line_that_a_stopping_server_cancels_is_sent_again_by_the_next_call(
     result = batch(requests, answers, url)
     assert result.exit_code == 1 and "no server answers" in result.output
     assert answers.read_bytes() == b""
+
+
+@pytest.mark.parametrize("url", [Answering], indirect=True)
+def test_two_commands_do_not_write_the_same_answers(requests: Path, tmp_path: Path, url: str) -> None:
+    answers = tmp_path / "answers.jsonl"
+    with answers.open("ab") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        result = batch(requests, answers, url)
+    assert result.exit_code == 2 and "another loraplex batch is writing this file" in result.output
+    assert answers.read_bytes() == b""
+    assert batch(requests, answers, url).exit_code == 0
 
 
 @pytest.mark.parametrize("url", [Answering], indirect=True)

@@ -1,5 +1,6 @@
 """`loraplex batch`: answers a file of requests over HTTP, and continues where it stopped."""
 
+import fcntl
 import json
 import os
 import secrets
@@ -48,7 +49,7 @@ def batch(
     """
     url, lines = read_url(url), read_requests(requests)
     with _open(answers) as output:
-        done = {json.loads(line)["custom_id"] for line in output}
+        done = _answered(output)
         rest = [line for line in lines if line["custom_id"] not in done]
         if done:
             typer.echo(f"{len(lines) - len(rest)} of {len(lines)} lines are answered already", err=True)
@@ -101,21 +102,28 @@ def _fault(line: Any, seen: set[str]) -> str | None:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """Opens the answers, whose last line is cut off if it was not written completely. Ends the command with a message
-    if the file has something else."""
     try:
-        file = path.open("a+b")
+        return path.open("a+b")
     except OSError as error:
         raise typer.BadParameter(f"cannot be written: {error.strerror}", param_hint="ANSWERS") from error
-    file.seek(0)
-    whole, newline, torn = file.read().rpartition(b"\n")
-    torn_answer = BEGINNING.startswith(torn[: len(BEGINNING)])
-    if not torn_answer or not all(_is_answer(_parse(line)) for line in whole.splitlines()):
-        file.close()
+
+
+def _answered(output: IO[bytes]) -> set[str]:
+    """The custom_ids of the answers, whose last line is cut off if it was not written completely. Ends the command with
+    a message if the file has something else, or if another command writes it. None will until it is closed."""
+    try:
+        fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise typer.BadParameter("another loraplex batch is writing this file", param_hint="ANSWERS") from error
+    except OSError as error:
+        raise typer.BadParameter(f"cannot be locked: {error.strerror}", param_hint="ANSWERS") from error
+    output.seek(0)
+    whole, newline, torn = output.read().rpartition(b"\n")
+    rows = whole.splitlines()
+    if not all(_is_answer(_parse(row)) for row in rows) or not BEGINNING.startswith(torn[: len(BEGINNING)]):
         raise typer.BadParameter("has other lines than answers: name another file", param_hint="ANSWERS")
-    file.truncate(len(whole + newline))
-    file.seek(0)
-    return file
+    output.truncate(len(whole + newline))
+    return {json.loads(row)["custom_id"] for row in rows}
 
 
 def _run(lines: list[Line], output: IO[bytes], url: str, api_key: str | None, parallel: int) -> int:
