@@ -56,6 +56,15 @@ class Hanging(UnknownKey):
             self.send_error(401)
 
 
+class HalfCharacter(UnknownKey):
+    """Answers with a text that UTF-8 cannot encode."""
+
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps("\ud800").encode())
+
+
 class Restarting(Answering):
     """Has no answer until several calls have come."""
 
@@ -109,6 +118,30 @@ def test_a_file_of_something_else_than_answers_is_left_as_it_is(requests: Path, 
     result = batch(requests, other)
     assert result.exit_code == 2 and "has other lines than answers: name another file" in result.output
     assert other.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ({"custom_id": "b\ud800"}, r"custom_id has half a character: \ud800"),
+        ({"body": {"prompt": ["a", "\udfff"]}}, r"body has half a character: \udfff"),
+        ({"body": {"\udc00": 1}}, r"body has half a character: \udc00"),
+    ],
+)
+def test_a_text_that_utf8_cannot_encode_is_refused_before_anything_is_sent(
+    requests: Path, tmp_path: Path, line: dict[str, object], fault: str
+) -> None:
+    requests.write_text("".join(json.dumps(each) + "\n" for each in (LINE, {**LINE, "custom_id": "2", **line})))
+    result = batch(requests, tmp_path / "answers.jsonl")
+    assert result.exit_code == 2 and f"line 2: {fault}" in result.output
+
+
+@pytest.mark.parametrize("url", [HalfCharacter], indirect=True)
+def test_an_answer_that_utf8_cannot_encode_is_kept_as_json_writes_it(requests: Path, tmp_path: Path, url: str) -> None:
+    answers = tmp_path / "answers.jsonl"
+    assert batch(requests, answers, url).exit_code == 0
+    assert json.loads(answers.read_bytes())["response"]["body"] == "\ud800"
+    assert "1 of 1 lines are answered already" in batch(requests, answers, url).output
 
 
 @pytest.mark.parametrize("url", [Answering], indirect=True)

@@ -98,6 +98,18 @@ def _fault(line: Any, seen: set[str]) -> str | None:
         return f'the method must be "POST", and the url one of {", ".join(ENDPOINTS)}'
     if not isinstance(line.get("body"), dict) or line["body"].get("stream"):
         return "body must be an object, without stream"
+    for field in ("custom_id", "body"):
+        if half := _half_character(line[field]):
+            return f"{field} has half a character: {half}"
+    return None
+
+
+def _half_character(value: Any) -> str | None:
+    """The first lone surrogate in its texts, as JSON writes it. UTF-8 has none."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(error.object[error.start]):04x}"
     return None
 
 
@@ -169,7 +181,8 @@ def _write(row: Line | Exception, output: IO[bytes]) -> bool:
         typer.echo("error: the server does not know this API key: give another one with --api-key", err=True)
         raise typer.Exit(1)
     try:
-        data = json.dumps(row, ensure_ascii=False).translate(LINE_ENDS).encode() + b"\n"
+        text = json.dumps(row, ensure_ascii=False).translate(LINE_ENDS)
+        data = text.encode(errors="backslashreplace") + b"\n"  # half characters as JSON writes them
         while data:
             data = data[os.write(output.fileno(), data) :]
         os.fsync(output.fileno())
