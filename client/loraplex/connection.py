@@ -92,8 +92,8 @@ class Connection:
         waiting: Waiting,
     ) -> None:
         """Raises ValueError for a wrong number."""
-        if max_retries < 0:
-            raise ValueError("max_retries must not be negative")
+        if not isinstance(max_retries, int) or max_retries < 0:
+            raise ValueError("max_retries must be a whole number, at least 0")
         self._server = server
         self._channel = channel
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()

@@ -45,6 +45,8 @@ class AsyncConversation:
         """See `Conversation`."""
         if wrong := FOR_ONE_REQUEST & options.keys():
             raise TypeError(f"not an option of a conversation: {', '.join(sorted(wrong))}")
+        if not isinstance(max_rounds, int) or max_rounds < 1:
+            raise ValueError("max_rounds must be a whole number, at least 1")
         self.messages = list(messages)
         self._client = client
         self._max_rounds = max_rounds
@@ -146,7 +148,7 @@ class Conversation(Blocking[AsyncConversation]):
     ) -> None:
         """`messages` come first, such as {"role": "system", ...}. `max_rounds` is how often the model is asked, at
         most, until it answers instead of calling tools. The other options are those of `generate` for one answer.
-        Raises TypeError for an option or a tool that does not fit."""
+        Raises TypeError for an option or a tool that does not fit, ValueError for a wrong number."""
         for tool in read_tools(options.get("tools") or ()):
             if inspect.iscoroutinefunction(tool.function):
                 raise TypeError(f"the tool {tool.name} is a coroutine function: use AsyncConversation")

@@ -1,6 +1,7 @@
 """When a call is tried again: if the server is unavailable or has too much to do, and nothing has been generated, or
 the server resumes what has been."""
 
+import math
 import random
 import time
 from typing import cast
@@ -11,6 +12,7 @@ from loraplex.rpc_errors import typed_error
 from loraplex_protos.errors import BEGUN, LoraplexError, OverloadedError, UnavailableError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds; each pause is twice the one before
+YEAR = 365 * 86_400.0  # a timeout that is longer counts as none: gRPC cannot tell servers of more than three years
 LONGEST_WISH = 60.0  # a server that asks to wait longer is not asked again
 
 
@@ -18,10 +20,13 @@ class Attempts:
     """The attempts of one call, within its timeout, in seconds."""
 
     def __init__(self, server: str, max_retries: int, timeout: float | None) -> None:
+        """Raises ValueError for a timeout of nan."""
+        if timeout is not None and math.isnan(timeout):
+            raise ValueError("timeout must be a number of seconds, not nan")
         self._server = server
         self._max_retries = max_retries
         self.renew()
-        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._deadline = None if timeout is None or timeout > YEAR else time.monotonic() + timeout
 
     def renew(self) -> None:
         """The call has made progress: its next failure is like a first one."""

@@ -313,6 +313,11 @@ def test_info_shows_the_model(address: str) -> None:
     assert ["max_model_len", "64"] in lines
 
 
+def test_top_refuses_an_interval_that_never_ends() -> None:
+    result = CliRunner().invoke(app, ["top", "--url", "http://127.0.0.1:1", "--interval", "inf"])
+    assert result.exit_code == 2 and "86400" in result.output
+
+
 def test_top_reads_the_address_that_batches_go_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAPLEX_URL", "http://127.0.0.1:1")
     result = CliRunner().invoke(app, ["top", "--once"])

@@ -224,6 +224,12 @@ def test_after_an_error_the_conversation_is_as_before(
     assert conversation.messages == [] and servicer.answers == []
 
 
+@pytest.mark.parametrize("max_rounds", [0, 1.5, float("nan"), float("inf")])
+def test_what_is_no_number_of_rounds_is_refused(max_rounds, client: Client) -> None:
+    with pytest.raises(ValueError, match="max_rounds must be a whole number"):
+        Conversation(client, max_rounds=max_rounds)
+
+
 def test_a_stream_that_is_left_early_changes_nothing(client: Client, servicer: ScriptedServicer) -> None:
     servicer.answers = [answer("Hello")]
     conversation = Conversation(client)

@@ -1,7 +1,9 @@
 """Calls that are tried again."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import grpc
 import pytest
@@ -140,9 +142,25 @@ def test_the_failure_is_raised_at_once_if_the_timeout_comes_first(
     assert len(servicer.requests) == 1
 
 
-def test_a_negative_number_of_retries_is_refused(address: str) -> None:
-    with pytest.raises(ValueError, match="max_retries"):
-        Client(address, max_retries=-1)
+@pytest.mark.parametrize("max_retries", [-1, 1.5, math.nan, math.inf])
+def test_what_is_no_number_of_retries_is_refused(max_retries: Any, address: str) -> None:
+    with pytest.raises(ValueError, match="max_retries must be a whole number"):
+        Client(address, max_retries=max_retries)
+
+
+@pytest.mark.parametrize("timeout", [1e9, 1e300, math.inf])
+async def test_a_timeout_beyond_a_year_is_no_limit(timeout: float, client: Client, async_client: AsyncClient) -> None:
+    assert Attempts("localhost", 0, timeout).timeout is None
+    assert client.info(timeout=timeout).model_id == "tiny"
+    assert (await async_client.info(timeout=timeout)).model_id == "tiny"
+
+
+def test_a_timeout_that_is_no_number_is_refused(client: Client, servicer: ScriptedServicer) -> None:
+    with pytest.raises(ValueError, match="timeout must be a number"):
+        client.info(timeout=math.nan)
+    with pytest.raises(ValueError, match="timeout must be a number"):
+        list(client.stream("Hi", timeout=math.nan))
+    assert servicer.requests == []
 
 
 class Failure(grpc.RpcError):

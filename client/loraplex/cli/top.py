@@ -33,7 +33,9 @@ Urls = Annotated[
         help="A router's HTTP address; repeat it to show the sum of several.",
     ),
 ]
-Interval = Annotated[float, typer.Option(min=0.1, help="Seconds between two samples, over which rates are computed.")]
+Interval = Annotated[
+    float, typer.Option(min=0.1, max=86400, help="Seconds between two samples, over which rates are computed.")
+]
 Once = Annotated[bool, typer.Option("--once", help="Print one frame and exit.")]
 
 
