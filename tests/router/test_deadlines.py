@@ -82,5 +82,5 @@ async def test_the_tokens_of_an_answer_count_while_it_is_written_and_once() -> N
         assert left.count <= 1000 - 1 - before
         before = generation.num_generated
     setup.service.requests.close(generation)
-    assert tenant.take_spent() == 101
+    assert tenant.spent == 101
     engine.cancel()

@@ -16,6 +16,7 @@ from loraplex_router.access import shared_limits
 from loraplex_router.access.limit_store import LEASE_SECONDS, LimitStore, Verdict
 from loraplex_router.access.shared_limits import SharedLimits
 from loraplex_router.access.tenant import Allowance, Tenant, Visit
+from loraplex_router.store import redis_server as redis_servers
 from loraplex_router.store.redis_server import RedisServer
 from tests.redis_server import redis_server
 from tests.tools import needs_redis
@@ -208,6 +209,67 @@ async def test_calls_that_come_together_wait_for_one_answer(redis: Redis):
     visits[0].end_part()
     await router.limits.begin(router.tenant, 0.0)
     running.cancel()
+    await router.server.aclose()
+
+
+async def hang(process: "subprocess.Popen[bytes]", *routers: Router) -> None:
+    """The server runs what it is told now once it goes on, but nobody gets its answers."""
+    os.kill(process.pid, signal.SIGSTOP)
+    for each in routers:
+        await each.limits.exchange()
+        assert each.server.fails
+
+
+async def go_on(process: "subprocess.Popen[bytes]", *routers: Router) -> None:
+    os.kill(process.pid, signal.SIGCONT)
+    async with asyncio.timeout(30):
+        for each in routers:
+            await each.limits.exchange()
+            while each.server.fails:
+                await each.limits.exchange()
+        await routers[0].limits.exchange()
+
+
+async def test_tokens_that_are_spent_while_redis_hangs_are_counted_once_when_it_is_back(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(redis_servers, "TIMEOUT", 0.3)
+    (url, process), clock = redis, [0.0]
+    first, second = routers = [Router(url, Allowance(tokens_per_minute=6000), "reader", clock) for _ in range(2)]
+    for each in routers:
+        assert not await each.begin()
+        each.visits[0].spend(500, clock[0])
+    await hang(process, *routers)
+    for _ in range(2):
+        first.visits[0].spend(1000, clock[0])
+        await hang(process, first)
+    second.visits[0].spend(1000, clock[0])
+    first.visits.pop().end_part()
+    await go_on(process, *routers)
+    for _ in range(3):  # also if the server runs earlier calls only now
+        for each in routers:
+            assert await each.begin() == ""
+            (left,) = each.tenant.remaining(clock[0])
+            assert left.count == 6000 - 2 * 500 - 3 * 1000
+    for each in routers:
+        await each.server.aclose()
+
+
+async def test_what_the_rate_makes_good_while_redis_hangs_is_not_missing_when_it_is_back(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(redis_servers, "TIMEOUT", 0.3)
+    (url, process), clock = redis, [0.0]
+    router = Router(url, Allowance(tokens_per_minute=6000), "steady", clock)
+    assert not await router.begin()
+    for _ in range(10):
+        router.visits[0].spend(6000, clock[0])
+        clock[0] += 60
+    router.visits[0].spend(1000, clock[0])
+    await hang(process, router)
+    await go_on(process, router)
+    (left,) = router.tenant.remaining(clock[0])
+    assert left.count == 5000
     await router.server.aclose()
 
 

@@ -3,6 +3,11 @@ and decides on what it wants to begin.
 
 Each router says what it has in use itself, so nothing drifts; what a router said holds for LEASE_SECONDS, so that those
 that have died use nothing. The server's clock counts, so that routers' clocks do not matter.
+
+A call that was not answered may have been run, and may yet be, after later ones. Hence a router says how many tokens it
+has spent in all, and up to where it knows them to be counted; the server remembers up to where it has counted them, so
+each counts once, however often and in whichever order it is told. What is told late is counted as far as the rate has
+not made it good meanwhile: up to what the router itself finds missing.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +22,7 @@ LEASE_SECONDS = 5.0
 
 # The policy of access/tenant.py, over routers.
 SCRIPT = """
-local key, use = KEYS[1], cjson.decode(ARGV[1])
+local key, counted, use = KEYS[1], KEYS[2], cjson.decode(ARGV[1])
 local now = use.now
 if not now then
   local time = redis.call('TIME')
@@ -58,7 +63,8 @@ for kind, rate in pairs(use.rates) do
   local former = levels[kind] or {rate, now}
   levels[kind] = {math.min(rate, former[1] + math.max(0, now - former[2]) * rate / 60), now}
 end
-if use.rates.tokens then levels.tokens[1] = levels.tokens[1] - use.spent end
+local new = use.spent - math.max(use.told, tonumber(redis.call('GET', counted) or 0))
+if use.rates.tokens and new > 0 then levels.tokens[1] = levels.tokens[1] - math.min(new, use.missing) end
 
 local function refusal(of, names)
   if use.max_requests and of.visits >= use.max_requests then return 'visits' end
@@ -93,7 +99,9 @@ for kind, rate in pairs(use.rates) do
   keeps = math.max(keeps, (rate - level[1]) * 60 / rate)
   left[kind] = level[1]
 end
-redis.call('PEXPIRE', key, math.ceil(keeps * 1000))
+keeps = math.ceil(keeps * 1000)
+redis.call('PEXPIRE', key, keeps)
+if new > 0 then redis.call('SET', counted, use.spent, 'PX', keeps) end  -- by then, the router misses none of these
 return cjson.encode({refusals = refusals, left = left})
 """
 
@@ -133,7 +141,9 @@ class Use:
     max_adapters: int | None
     rates: dict[str, int]  # a minute
     held: tuple[Held, Held]  # visits that somebody waits for, and those in the background
-    spent: int  # tokens since it said so last
+    spent: int  # tokens in all
+    told: int  # of these, those that it knows to be counted
+    missing: float  # tokens of a minute's worth, as far as it knows
     begins: tuple[Begins, ...] = ()  # in this order
 
     def encode(self, router: str, now: float | None) -> bytes:
@@ -143,6 +153,8 @@ class Use:
             "rates": self.rates,
             "held": [each.encode() for each in self.held],
             "spent": self.spent,
+            "told": self.told,
+            "missing": self.missing,
             "begins": [each.encode() for each in self.begins],
         }
         limits = {"max_requests": self.max_requests, "max_adapters": self.max_adapters, "now": now}
@@ -166,7 +178,12 @@ class LimitStore:
         """A verdict on each use; if there is none, it only asks whether the store answers. Raises UnavailableError."""
         router, now = self._server.router, self._clock and self._clock()
         answers = await self._server.run(
-            [("EVAL", SCRIPT, 1, f"{PREFIX}limits:{use.tenant}", use.encode(router, now)) for use in uses]
+            [("EVAL", SCRIPT, 2, *_keys(use.tenant, router), use.encode(router, now)) for use in uses]
         )
         found = [orjson.loads(answer) for answer, _ in zip(answers, uses, strict=False)]
         return [Verdict(tuple(each["refusals"]), dict(each["left"])) for each in found]
+
+
+def _keys(tenant: str, router: str) -> tuple[str, str]:
+    """What all routers use of a tenant, and up to where this one's tokens are counted."""
+    return f"{PREFIX}limits:{tenant}", f"{PREFIX}spent:{router}:{tenant}"

@@ -31,7 +31,7 @@ class SharedLimits:
     def __init__(self, store: LimitStore, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._clock = clock
-        self._tenants: dict[Tenant, tuple[Held, Held]] = {}  # what the store knows of those that have something in use
+        self._tenants: dict[Tenant, tuple[Held, Held]] = {}  # what the store knows of those that it must hear of
         self._beginnings: list[_Beginning] = []
         self._news = asyncio.Event()
         self._renewed = 0.0
@@ -90,8 +90,8 @@ class SharedLimits:
         due: dict[Tenant, tuple[Use, list[_Beginning]]] = {}
         for tenant, known in self._tenants.items():
             own = of_tenants[tenant]
-            use = _use(tenant, [each.visit for each in own])
-            if own or use.spent or use.held != known or (renews and use.held != NOTHING):
+            use = _use(tenant, [each.visit for each in own], now)
+            if own or use.spent > use.told or use.held != known or (renews and use.held != NOTHING):
                 due[tenant] = use, own
         if not due and self._fails is False:
             return
@@ -101,7 +101,7 @@ class SharedLimits:
             if not self._fails:
                 logger.warning("each router counts limits for itself for now: %s", error.message)
             self._fails = True
-            self._tenants = {tenant: NOTHING for tenant in self._tenants if _held(tenant, ()) != NOTHING}
+            self._tenants = {tenant: NOTHING for tenant in self._tenants if _has_news(tenant, NOTHING)}
             self._answer(self._beginnings, ())  # those that came meanwhile
             return
         if self._fails:
@@ -118,15 +118,16 @@ class SharedLimits:
             interactive.with_begun([each.adapters for each in begun if not each.background]),
             background.with_begun([each.adapters for each in begun if each.background]),
         )
-        if known == NOTHING and _held(tenant, ()) == NOTHING:
-            del self._tenants[tenant]
-        else:
-            self._tenants[tenant] = known
         later = sum(each.visit.tenant is tenant for each in self._beginnings)
         tenant.adopt(
             {kind: left - later if kind == "requests" else left for kind, left in verdict.left.items()},
+            use.spent,
             self._clock(),
         )
+        if known != NOTHING or _has_news(tenant, known):
+            self._tenants[tenant] = known
+        else:
+            del self._tenants[tenant]
 
     def _answer(self, beginnings: Sequence[_Beginning], refusals: Sequence[str]) -> None:
         """Those without a refusal begin, if they have no answer yet."""
@@ -135,14 +136,21 @@ class SharedLimits:
                 each.refusal.set_result(refusals[place] if refusals else "")
 
 
-def _use(tenant: Tenant, begins: Sequence[Visit]) -> Use:
+def _has_news(tenant: Tenant, known: tuple[Held, Held]) -> bool:
+    """For a store that knows this of what it has in use."""
+    return _held(tenant, ()) != known or tenant.spent > tenant.told
+
+
+def _use(tenant: Tenant, begins: Sequence[Visit], now: float) -> Use:
     return Use(
         tenant.name,
         tenant.max_requests,
         tenant.max_adapters,
         tenant.rates,
         _held(tenant, begins),
-        tenant.take_spent(),
+        tenant.spent,
+        tenant.told,
+        tenant.missing(now),
         tuple(Begins(visit.adapters, visit.background) for visit in begins),
     )
 

@@ -74,7 +74,8 @@ class Tenant:
         self._buckets = {"requests": _Bucket(), "tokens": _Bucket()}
         for kind, rate in self.rates.items():
             self._buckets[kind].level = float(rate)
-        self._spent = 0
+        self.spent = 0  # tokens in all, while it had a limit of them
+        self.told = 0  # of these, those that other routers know of
 
     def update(self, allowance: Allowance) -> None:
         """Changes what the tenant may do. Its current usage stays counted."""
@@ -157,18 +158,20 @@ class Tenant:
         if rate := self.rates.get("tokens"):
             self._buckets["tokens"].fill(rate, now)
             self._buckets["tokens"].level -= tokens
-            self._spent += tokens
+            self.spent += tokens
 
-    def take_spent(self) -> int:
-        """The tokens that were spent since this was asked last."""
-        spent, self._spent = self._spent, 0
-        return spent
+    def missing(self, now: float) -> float:
+        """The tokens that are missing from a minute's worth."""
+        rate = self.rates.get("tokens")
+        return rate - self._buckets["tokens"].fill(rate, now) if rate else 0.0
 
-    def adopt(self, left: Mapping[str, float], now: float) -> None:
-        """What other routers, too, leave of each rate. What this one has spent meanwhile comes off that."""
+    def adopt(self, left: Mapping[str, float], told: int, now: float) -> None:
+        """What other routers, too, leave of each rate. They know of the first `told` tokens that this one has spent:
+        the rest comes off that."""
+        self.told = told
         for kind, level in left.items():
             bucket = self._buckets[kind]
-            bucket.level, bucket.filled_at = level - (self._spent if kind == "tokens" else 0), now
+            bucket.level, bucket.filled_at = level - (self.spent - told if kind == "tokens" else 0), now
 
     def end(self, visit: "Visit") -> None:
         visits = self.visits[visit.background]
