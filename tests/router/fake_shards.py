@@ -25,11 +25,12 @@ VOCABULARY = 1000
 class FakeShards:
     """Keeps rows like real shards. A sequence whose next input is `failing_token` fails with `failure`; a plan with a
     sequence that has the `deadly_token` is answered with `death`; the next load raises `load_error`, and the next
-    result `step_error`. A step takes `step_seconds`."""
+    result `step_error`. A step takes `step_seconds`. What is pooled is the prompt's last token."""
 
     def __init__(self) -> None:
         self.known: dict[int, list[int]] = {}
         self.scored: set[int] = set()  # rows whose sequences want logprobs
+        self.pooled: set[int] = set()  # rows whose sequences are pooled
         self.computed: dict[int, int] = {}  # positions
         self.returned: dict[int, int] = {}  # tokens that were returned, or are of the prompt
         self.results: deque[pb.StepResponse | LoraplexError] = deque()
@@ -68,6 +69,7 @@ class FakeShards:
         for start in plan.starts:
             self.known[start.row] = list(start.tokens)
             (self.scored.add if start.logprobs else self.scored.discard)(start.row)
+            (self.pooled.add if start.pool else self.pooled.discard)(start.row)
             self.computed[start.row] = start.computed
             self.returned[start.row] = len(start.tokens) - start.unscored
         if any(self.deadly_token in self.known[row] for row in plan.rows):
@@ -84,6 +86,10 @@ class FakeShards:
                 response.failure_reasons.append(self.failure)
             response.token_counts.append(len(unscored) + int(samples and not failed))
             response.tokens.extend(unscored)
+            if row in self.pooled and self.computed[row] == len(self.known[row]):
+                response.pooled_chunks.append(place)
+                response.pooled_lengths.append(1)
+                response.pooled.append(self.known[row][-1])
             if samples:
                 self.returned[row] += 1
                 self.known[row].append((self.known[row][-1] + slot + 1) % VOCABULARY)

@@ -137,6 +137,30 @@ async def test_every_line_is_answered_once_as_the_route_itself_answers(place: st
     assert [file.purpose async for file in client.files.list(purpose="batch_output")] == ["batch_output"] * 2
 
 
+async def test_a_line_with_more_answers_than_can_ever_wait_is_refused_once(place: str) -> None:
+    world = World(place)
+    client = world.client()
+    async with world.running():
+        large = line(1, body=BODY | {"prompt": ["A"] * 17, "n": 3})
+        batch = await ended(client, await create(client, text(line(0), large)))
+        (failed,) = await rows(client, batch.error_file_id)
+    assert failed["custom_id"] == "line 1" and failed["response"]["status_code"] == 400
+    assert "asks for 51 answers in all, but at most 50" in failed["response"]["body"]["error"]["message"]
+    _, used = await world.setup.service.usage()
+    assert [each.requests for _, _, each in used] == [1]
+
+
+async def test_a_line_may_have_more_inputs_than_can_wait(place: str) -> None:
+    world = World(place)
+    client = world.client()
+    async with world.running():
+        body = {"model": "base", "input": [[number] for number in range(300)]}
+        large = line(1, url="/v1/embeddings", body=body)
+        batch = await ended(client, await create(client, text(large), endpoint="/v1/embeddings"))
+        (found,) = await rows(client, batch.output_file_id)
+    assert [each["embedding"] for each in found["response"]["body"]["data"]] == [[number] for number in range(300)]
+
+
 async def test_a_fault_of_the_server_is_an_answer_to_its_line_alone(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,9 +104,11 @@ async def test_several_adapters_are_one_request_of_a_key_and_each_must_be_allowe
 
 async def test_the_queue_counts_all_answers():
     setup = Setup(max_queue=5)  # noqa: F811
-    with pytest.raises(OverloadedError):
+    with pytest.raises(InvalidRequestError, match="adapters: asks for 6 answers in all, but at most 5 fit"):
         await setup.service.generate_each(asking(A, B, n=3))
     assert len(await setup.service.generate_each(asking(A, B, n=2))) == 2
+    with pytest.raises(OverloadedError):
+        await setup.service.generate_each(asking(A, B))
 
 
 async def test_several_adapters_run_on_one_replica_and_are_cancelled_together():

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from loraplex_protos.errors import RequestCancelledError
@@ -75,7 +76,8 @@ class Pooling:
         return [TokenSpan(token, "", 0, 0) for token in found.tokens]
 
     async def _pool(self, request: EmbedRequest, key: str | None) -> list[Generation]:
-        """Generations whose only sequence is pooled."""
+        """Generations whose only sequence is pooled. At most half of those that may wait are started at first, and each
+        of the others once an earlier one has ended, so that any number fits."""
         arrived = time.monotonic()
         with self._telemetry.admission(request, arrived):
             tenant = self._keys.tenant(key)
@@ -85,13 +87,21 @@ class Pooling:
             request = replace(request, adapter=adapter)
             visit = await self._requests.visit(tenant, arrived, [request])
         started, volume = list[Generation](), Volume()
+        most = max(1, self._requests.most_waiting(request.background) // 2)
         try:
-            for part in request.parts():
-                with self._telemetry.admission(part, arrived):
-                    started += await self._requests.start([part], visit, arrived, volume)
-                if len(started) % FEW_INPUTS == 0:
-                    await asyncio.sleep(0)
-            for generation in started:
+            with ExitStack() as held:
+                with self._telemetry.admission(request, arrived):
+                    first = self._requests.room(min(most, len(request.inputs)), tenant, request.background)
+                    room = held.enter_context(first)
+                for number, part in enumerate(request.parts()):
+                    if number >= most:
+                        await _finish_pooling(started[number - most])
+                        await self._requests.extend(room)
+                    with self._telemetry.admission(part, arrived):
+                        started += await self._requests.start([part], visit, room, arrived, volume)
+                    if len(started) % FEW_INPUTS == 0:
+                        await asyncio.sleep(0)
+            for generation in started[-most:]:
                 await _finish_pooling(generation)
             return started
         finally:  # a second cancellation does not stop it

@@ -27,7 +27,7 @@ from loraplex_router.journal.records import Record, Saved
 from loraplex_router.journal.stream import Stream
 from loraplex_router.replicas.declarations import Declarations
 from loraplex_router.replicas.replicas import Replicas
-from loraplex_router.service.admission import Admission, check_deadline
+from loraplex_router.service.admission import Admission, Room, check_deadline
 from loraplex_router.service.preparation import Arrival, Preparation, replaced
 from loraplex_router.service.running import RunningRequests
 from loraplex_router.telemetry.telemetry import Telemetry
@@ -113,47 +113,61 @@ class Requests:
         if self._limits is not None:
             self._limits.wake()
 
+    def most_waiting(self, background: bool) -> int:
+        """How many sequences may wait if there are no others."""
+        return self._admission.most(background)
+
+    def room(self, sequences: int, tenant: Tenant, background: bool) -> AbstractContextManager[Room]:
+        """A context in which a call's sequences are started. Raises OverloadedError if not all of them may wait now,
+        and UnavailableError."""
+        if self.draining:
+            raise UnavailableError("the server is shutting down")
+        return self._admission.room(sequences, tenant, background)
+
+    async def extend(self, room: Room) -> None:
+        """Makes room for one more sequence, once it may wait."""
+        await self._admission.extend(room)
+
     async def start(
         self,
         parts: Sequence[Request],
         visit: Visit,
+        room: Room,
         arrived: float,
         volume: Volume,
         saved: Sequence[Saved] = (),
     ) -> list[Generation]:
         """Queues the parts of a request together, once all of them can be. They continue what was saved of each."""
-        if self.draining:
-            raise UnavailableError("the server is shutting down")
-        tenant, total = visit.tenant, sum(part.n for part in parts)
-        with self._admission.preparing(total, tenant, parts[0].background):
-            request_id = self._running.reserve(tenant.name, parts[0].request_id)
-            try:
-                with ExitStack() as held:
-                    arrival = Arrival(request_id, tenant, arrived, volume, held, names_adapters=len(parts) > 1)
-                    placed = [
-                        await self._preparation.prepare(part, arrival, place, each)
-                        for place, (part, each) in enumerate(zip_longest(parts, saved))
-                    ]
-                    for part, (generation, lease) in zip(parts, placed, strict=True):
-                        check_deadline(part, lease.replica.engine.waited(generation))
-                    visit.spend(sum(generation.num_prompt for generation, _ in placed), time.monotonic())
-                    for generation, lease in placed:
-                        self._telemetry.queued(generation)
-                        if generation.finished:  # it was resumed behind its end
-                            self._telemetry.ended(generation)
-                        else:
-                            lease.submit(generation)
-            except BaseException:
-                self._running.forget(tenant.name, request_id)
-                raise
+        tenant = visit.tenant
+        request_id = self._running.reserve(tenant.name, parts[0].request_id)
+        try:
+            with ExitStack() as held:
+                arrival = Arrival(request_id, tenant, arrived, volume, held, names_adapters=len(parts) > 1)
+                placed = [
+                    await self._preparation.prepare(part, arrival, place, each)
+                    for place, (part, each) in enumerate(zip_longest(parts, saved))
+                ]
+                for part, (generation, lease) in zip(parts, placed, strict=True):
+                    check_deadline(part, lease.replica.engine.waited(generation))
+                visit.spend(sum(generation.num_prompt for generation, _ in placed), time.monotonic())
+                for generation, lease in placed:
+                    self._telemetry.queued(generation)
+                    if generation.finished:  # it was resumed behind its end
+                        self._telemetry.ended(generation)
+                    else:
+                        lease.submit(generation)
+        except BaseException:
+            self._running.forget(tenant.name, request_id)
+            raise
+        self._admission.queued(room, sum(part.n for part in parts))
         generations = [generation for generation, _ in placed]
         self._running.begin(request_id, visit, generations)
         return generations
 
-    def preparing(self, tenant: Tenant) -> AbstractContextManager[None]:
+    def preparing(self, tenant: Tenant) -> AbstractContextManager[object]:
         """A context in which a text is worked on that will not be queued. It waits as a sequence does that is prepared:
         if the queue is full, raises OverloadedError."""
-        return self._admission.preparing(1, tenant, background=False)
+        return self._admission.room(1, tenant, background=False)
 
     def close(self, generation: Generation) -> None:
         """The reader is done, or gone: ends unfinished sequences."""

@@ -27,6 +27,7 @@ from loraplex_router.replicas.replicas import Lease, Replicas
 from loraplex_router.replicas.uploads import Uploads
 from loraplex_router.service.abilities import check_generates
 from loraplex_router.service.adapters import Adapters
+from loraplex_router.service.admission import Room, count_sequences
 from loraplex_router.service.pooling import Pooling
 from loraplex_router.service.preparation import Preparation
 from loraplex_router.service.requests import Requests, new_session
@@ -158,6 +159,7 @@ class Service:
         count as one request for a key's limits."""
         arrived, volume = time.monotonic(), Volume()
         visit, started, kept = None, list[Generation](), ExitStack()
+        room: Room | None = None
         try:
             for number, request in enumerate(requests):
                 if number and number % FEW_REQUESTS == 0:
@@ -180,7 +182,11 @@ class Service:
                                 else replace(part, adapter=await self.requests.resolve(part.adapter, tenant, session))
                             )
                     visit = visit or await self.requests.visit(tenant, arrived, parts)
-                    generations = await self.requests.start(parts, visit, arrived, volume, saved)
+                    if room is None:
+                        most = self.requests.most_waiting(request.background)
+                        sequences = count_sequences(requests, most)
+                        room = kept.enter_context(self.requests.room(sequences, tenant, request.background))
+                    generations = await self.requests.start(parts, visit, room, arrived, volume, saved)
                     started += generations
                     if stream:
                         stream.keep(request, self.info.model_id, tenant, generations)
