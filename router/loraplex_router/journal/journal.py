@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -13,7 +14,6 @@ from loraplex_router.journal.stores import Store
 
 LOOK_SECONDS = 1.0  # between two looks at streams that nobody waits for, and at a store that has failed
 TOUCHES = 4  # how often a stream's time in the store is renewed before it is over
-NOTHING = ""  # a key that nothing has
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +24,9 @@ class Entry:
 
     key: str
     generation: Generation
-    record: bytes  # not written yet
+    record: bytes
     written: list[int] = field(default_factory=list)  # tokens, of each sequence
-    touched: float = 0.0  # when its time in the store was renewed; 0: it is not written yet
+    touched: float = 0.0  # when its time in the store was renewed; 0: the store has nothing of it
     ended: bool = False
 
     @property
@@ -35,8 +35,8 @@ class Entry:
         return [output.sequence.output_length for output in self.generation.outputs]
 
     def news(self) -> bytes:
-        """What is not written yet."""
-        parts = [self.record]
+        """The tokens that are not written yet."""
+        parts = list[bytes]()
         for index, (output, start) in enumerate(zip(self.generation.outputs, self.written, strict=True)):
             sequence = output.sequence
             if new := sequence.tokens[sequence.prompt_length + start :]:
@@ -70,7 +70,7 @@ class Journal:
         """Returns once everything that it has generated is written down, or cannot be now. False: it is not written
         down at all yet."""
         entry = self._entries.get(generation)
-        if entry is not None and not self._fails and (entry.record or entry.written != entry.lengths):
+        if entry is not None and not self._fails and (not entry.touched or entry.written != entry.lengths):
             written = self._next_write
             self._news.set()
             await written.wait()
@@ -108,18 +108,11 @@ class Journal:
                 ended.set()
 
     async def _flush(self) -> None:
-        now, entries = time.monotonic(), list(self._entries.values())
-        parts = {entry.key: part for entry in entries if (part := entry.news())}
-        lengths = [entry.lengths for entry in entries]
-        old = [entry for entry in entries if entry.touched + self._touch_seconds < now]
+        entries = list(self._entries.values())
         over = [entry for entry in entries if entry.ended]
         try:
-            if parts or old or self._fails is not False:
-                begun = {entry.key: entry.generation.tenant for entry in entries if entry.record}
-                for entry in old:
-                    if not entry.generation.finished:  # if others took it for dead
-                        begun[entry.key] = entry.generation.tenant
-                await self._store.append(parts, [entry.key for entry in old] or [NOTHING], begun)
+            if await self._write(entries):
+                await self._write(entries)  # all of those that the store has lost
         except UnavailableError as error:
             if not self._fails:
                 logger.warning("streams cannot be resumed for now: %s", error.message)
@@ -128,9 +121,31 @@ class Journal:
             if self._fails:
                 logger.warning("streams can be resumed again")
             self._fails = False
-            for entry, written in zip(entries, lengths, strict=True):
-                entry.record, entry.written = b"", written
-            for entry in old:
-                entry.touched = now
         for entry in over:
             self._entries.pop(entry.generation, None)
+
+    async def _write(self, entries: Sequence[Entry]) -> bool:
+        """Writes down what is new of the entries. Returns whether the store has lost what it had of some, as one that
+        is emptied or starts anew does: these count as not written then. Raises UnavailableError."""
+        now = time.monotonic()
+        due = [entry for entry in entries if not entry.touched or entry.touched + self._touch_seconds < now]
+        parts = dict.fromkeys((entry.key for entry in due), b"")
+        parts |= {entry.key: part for entry in entries if (part := entry.news())}
+        if not parts and self._fails is False:
+            return False
+        lengths = [entry.lengths for entry in entries]
+        records = {entry.key: entry.record for entry in due if not entry.touched}
+        begun = {
+            entry.key: entry.generation.tenant
+            for entry in due
+            if entry.key in records or not entry.generation.finished  # if others took it for dead
+        }
+        lost = frozenset(await self._store.append(parts, records, begun))
+        for entry, written in zip(entries, lengths, strict=True):
+            entry.written = written
+        for entry in due:
+            entry.touched = now
+        for entry in entries:
+            if entry.key in lost:
+                entry.written, entry.touched = [0] * len(entry.written), 0.0
+        return bool(lost)

@@ -14,10 +14,13 @@ class Store(Protocol):
 
     shared: bool  # with other routers
 
-    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Mapping[str, str]) -> None:
-        """Adds the parts to what their keys have. What the keys in `renewed` have is kept longer now. `begun`: those
-        whose usage others must count if this router dies, new ones among them, with their tenants. Raises
-        UnavailableError if it may have failed."""
+    async def append(
+        self, parts: Mapping[str, bytes], records: Mapping[str, bytes], begun: Mapping[str, str]
+    ) -> Collection[str]:
+        """Adds the parts, of which some may be empty, to what their keys have, which is kept longer now. Keys that have
+        nothing begin with their records, and so do not begin twice; those without a record are left alone and returned.
+        `begun`: those whose usage others must count if this router dies, all that have records among them, with their
+        tenants. Raises UnavailableError if it may have failed."""
         ...
 
     async def read(self, key: str) -> bytes | None:
@@ -44,17 +47,26 @@ class MemoryStore:
         self._of: dict[str, dict[str, None]] = {}  # their keys, by tenant
         self._bytes = Counter[str]()  # by tenant
 
-    async def append(self, parts: Mapping[str, bytes], renewed: Collection[str], begun: Mapping[str, str]) -> None:
-        for key in {**parts, **dict.fromkeys(renewed)}:
-            if key in self._kept or key in begun:
-                kept = self._use(key, begun.get(key, ""))
-                kept.data += parts.get(key, b"")
-                self._bytes[kept.tenant] += len(parts.get(key, b""))
+    async def append(
+        self, parts: Mapping[str, bytes], records: Mapping[str, bytes], begun: Mapping[str, str]
+    ) -> Collection[str]:
+        absent = parts.keys() - self._kept.keys()
+        for key, part in parts.items():
+            if key not in absent:
+                self._add(key, part)
+            elif key in records:
+                self._add(key, records[key] + part, begun[key])
         self._forget()
+        return absent - records.keys()
 
     async def read(self, key: str) -> bytes | None:
         self._forget()
         return bytes(self._use(key).data) if key in self._kept else None
+
+    def _add(self, key: str, data: bytes, tenant: str = "") -> None:
+        kept = self._use(key, tenant)
+        kept.data += data
+        self._bytes[kept.tenant] += len(data)
 
     def _use(self, key: str, tenant: str = "") -> _Kept:
         kept = self._kept.pop(key, None) or _Kept(tenant)
