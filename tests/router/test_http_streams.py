@@ -215,11 +215,12 @@ async def test_a_draining_server_answers_503(setup: Setup, path: str):
     assert client.headers["connection"] == "close"  # the client's next connection may lead to another router
 
 
-async def test_a_prompt_that_cannot_be_admitted_ends_the_requests_other_prompts(setup: Setup):
+async def test_more_prompts_than_may_ever_wait_are_refused_for_good(setup: Setup):
     body = {**WHOLE["/v1/completions"], "prompt": ["A"] * 5}
     client = Client(setup, "/v1/completions", body)
     await client.run()
-    assert client.status == 429 and setup.service.requests.idle
+    assert client.status == 400 and "at most 4 fit into the queue" in client.bodies[0]
+    assert setup.service.requests.idle
 
 
 @pytest.mark.parametrize("ends", ["cancelled by name", "the server stops"])
