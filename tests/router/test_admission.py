@@ -8,6 +8,7 @@ import pytest
 
 from loraplex_protos.errors import InvalidRequestError, OverloadedError, UnavailableError
 from loraplex_router.access.tenant import Allowance, Tenant
+from loraplex_router.engine.generation import Generation
 from loraplex_router.service.admission import Admission
 from loraplex_router.vocabulary.request import EmbedRequest, Request
 from tests.router.test_engine import Setup
@@ -58,9 +59,19 @@ async def test_a_client_is_told_the_field_and_the_fix(setup: Setup) -> None:
     )
 
 
+def watch_started(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> list[Generation]:
+    """A list of all that are started from now on."""
+    started, queued = list[Generation](), setup.telemetry.queued
+    monkeypatch.setattr(setup.telemetry, "queued", lambda generation: started.append(generation) or queued(generation))
+    return started
+
+
 @pytest.mark.parametrize("background", [False, True])
-async def test_a_call_that_does_not_fit_now_is_refused_before_any_of_it_is_started(background: bool) -> None:
+async def test_a_call_that_does_not_fit_now_is_refused_before_any_of_it_is_started(
+    background: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     setup = Setup(max_queue=4)  # its engine does not run
+    started = watch_started(setup, monkeypatch)
     running = await setup.service.generate_all(prompts(1))
     size = 2 if background else 4
     with pytest.raises(OverloadedError, match="try again later"):
@@ -68,17 +79,18 @@ async def test_a_call_that_does_not_fit_now_is_refused_before_any_of_it_is_start
     running += await setup.service.generate_all(prompts(size - 1, background=background))
     with pytest.raises(OverloadedError, match="try again later"):
         await setup.service.pooling.embed(inputs(2, background))
-    assert len(setup.telemetry._live) == len(running)
+    assert started == running
     for generation in running:
         setup.service.requests.close(generation)
     assert setup.service.requests.idle
 
 
-async def test_of_calls_that_come_together_each_is_started_as_a_whole_or_not_at_all() -> None:
+async def test_each_of_several_calls_at_once_is_started_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = Setup(max_queue=4)  # its engine does not run
+    started = watch_started(setup, monkeypatch)
     calls = [setup.service.generate_all(prompts(3, prompt="A text.")) for _ in range(3)]
     first, *others = await asyncio.gather(*calls, return_exceptions=True)
-    assert isinstance(first, list) and len(first) == 3 == setup.replicas.num_waiting
+    assert isinstance(first, list) and len(first) == 3 and started == first
     assert [type(other) for other in others] == [OverloadedError] * 2
     for generation in first:
         setup.service.requests.close(generation)
