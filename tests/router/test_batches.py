@@ -8,6 +8,7 @@ import time
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +32,7 @@ from loraplex_router.batches.folder_job import FolderJob
 from loraplex_router.batches.job import Job
 from loraplex_router.batches.opening import open_batches
 from loraplex_router.batches.reading import PIECE, Line
+from loraplex_router.batches.records import BatchRecord, new_batch_id, new_file_id
 from loraplex_router.batches.runner import BatchRunner
 from tests.full_disk import full_disk
 from tests.router.test_engine import Setup
@@ -546,6 +548,33 @@ async def test_files_expire_when_their_owner_says(place: str, monkeypatch: pytes
     assert world.batches._used_bytes().total() == kept.bytes
     with pytest.raises(openai.NotFoundError):
         await client.files.content(output_id)
+
+
+def test_what_a_router_left_of_a_file_when_it_died_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = BatchFolder(tmp_path, 1 << 20)
+    with batches.open_file("one", new_file_id()) as file:
+        file.write(b"half")
+    batches.open_file("one", new_file_id()).close()  # of answers that never came
+    for days, left in ((1, 4), (3, 0)):
+        monkeypatch.setattr(batches, "now", lambda days=days: int(time.time()) + days * 86400)
+        batches.delete_expired()
+        assert batches._used_bytes().total() == left
+    assert not list(tmp_path.glob("*/files/*"))
+
+
+def test_routers_may_create_a_tenants_first_batches_at_the_same_time(tmp_path: Path) -> None:
+    routers, together = [BatchFolder(tmp_path, 1 << 20) for _ in range(4)], threading.Barrier(4)
+
+    def create_all(batches: BatchFolder) -> None:
+        for number in range(30):
+            together.wait()
+            id, tenant = new_batch_id(), f"tenant {number}"
+            file = {"input_file_id": new_file_id(), "created_at": 1, "expires_at": 2, "endpoint": ENDPOINT}
+            batches._create_batch(tenant, BatchRecord(id=id, completion_window="24h", status="validating", **file))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(create_all, routers))
+    assert len(routers[0].unfinished()) == 4 * 30
 
 
 @pytest.mark.parametrize(

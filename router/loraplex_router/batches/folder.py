@@ -9,7 +9,6 @@ import errno
 import fcntl
 import os
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,10 +20,13 @@ from pydantic import BaseModel
 
 from loraplex_protos.errors import UnavailableError
 from loraplex_router.access.replaced_file import replace_file
-from loraplex_router.batches.batches import Batches, shown, tenant_folder
+from loraplex_router.batches.batches import WINDOW_SECONDS, Batches, shown, tenant_folder
 from loraplex_router.batches.folder_job import FolderJob
 from loraplex_router.batches.known import KnownRecords, parsed
 from loraplex_router.batches.records import FILE_SECONDS, BatchRecord, FileRecord, newest_first
+
+# After which a file without a record was left by a router that died. A batch's answers get theirs when it ends.
+ABANDONED_SECONDS = 2 * WINDOW_SECONDS
 
 R = TypeVar("R", FileRecord, BatchRecord)
 
@@ -42,7 +44,6 @@ class BatchFolder(Batches):
             raise OSError(f"--batches: {path} cannot be made: {error.strerror}") from error
         self._path = path
         self._lock: IO[bytes] | None = None
-        self._naming = threading.Lock()
         self._known = KnownRecords()
         self._ended = set[str]()  # batches' ids: their records do not change, so `unfinished` reads each once
 
@@ -114,10 +115,15 @@ class BatchFolder(Batches):
                     self._ended.discard(batch.id)
                     self._batch(tenant, batch.id).unlink(missing_ok=True)
                     self._batch(tenant, batch.id).with_suffix(".cancel").unlink(missing_ok=True)
-        for path in self._path.glob("*/files/*/record.json"):
-            record = _read(path, FileRecord)
-            if record is not None and record.expires_at < now and record.id not in needed:
-                shutil.rmtree(path.parent, ignore_errors=True)
+        for folder in self._path.glob("*/files/*"):
+            record = _read(folder / "record.json", FileRecord)
+            with suppress(OSError):  # another router deletes it
+                if record is None:
+                    over = _last_change(folder) + ABANDONED_SECONDS < now
+                else:
+                    over = record.expires_at < now and record.id not in needed
+                if over:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def open_file(self, tenant: str, id: str) -> IO[bytes]:
         """Opens a file's content to append to it, new or not. A last line that was not written completely is cut
@@ -165,7 +171,7 @@ class BatchFolder(Batches):
     def _create_batch(self, tenant: str, record: BatchRecord) -> None:
         with _disk_errors():
             (self._tenant(tenant) / "batches").mkdir(parents=True, exist_ok=True)
-            with self._naming:
+            with _locked(self._tenant(tenant) / ".lock"):
                 if not (name := self._tenant(tenant) / "name").exists():
                     replace_file(name, lambda file: file.write(tenant.encode()))
             self.write_batch(tenant, record)
@@ -197,6 +203,14 @@ class BatchFolder(Batches):
 
 
 @contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """A context in which nobody else is that locks this path."""
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def _disk_errors() -> Iterator[None]:
     """A context whose errors of the disk are UnavailableError."""
     try:
@@ -224,6 +238,11 @@ def _read_all(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     for path in paths:
         with suppress(OSError):
             yield path, Path(path).read_bytes()
+
+
+def _last_change(folder: Path) -> float:
+    """When it, or what is in it, was changed, by the clock of its disk."""
+    return max((path.stat().st_mtime for path in (folder, *folder.iterdir())), default=0.0)
 
 
 def _version(path: Path) -> str | None:
