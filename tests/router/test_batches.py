@@ -563,7 +563,7 @@ def test_what_a_router_left_of_a_file_when_it_died_is_deleted(tmp_path: Path, mo
 
 
 def test_routers_may_create_a_tenants_first_batches_at_the_same_time(tmp_path: Path) -> None:
-    routers, together = [BatchFolder(tmp_path, 1 << 20) for _ in range(4)], threading.Barrier(4)
+    routers, together = [BatchFolder(tmp_path, 1 << 20) for _ in range(4)], threading.Barrier(4, timeout=60)
 
     def create_all(batches: BatchFolder) -> None:
         for number in range(30):
