@@ -255,6 +255,33 @@ async def test_tokens_that_are_spent_while_redis_hangs_are_counted_once_when_it_
         await each.server.aclose()
 
 
+async def test_tokens_that_are_given_back_are_there_for_all_routers(redis: Redis, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(redis_servers, "TIMEOUT", 0.3)
+    (url, process), clock = redis, [0.0]
+    first, second = routers = [Router(url, Allowance(tokens_per_minute=6000), "waiting", clock) for _ in range(2)]
+
+    async def left() -> set[int]:
+        counts = set()
+        for each in routers:
+            assert await each.begin() == ""
+            counts.update(left.count for left in each.tenant.remaining(clock[0]))
+        return counts
+
+    assert await left() == {6000}
+    first.visits[0].spend(4000, clock[0])
+    assert await left() == {2000}
+    first.visits[0].spend(-3000, clock[0])  # the prompt of a request that was cancelled before it ran
+    await hang(process, first)
+    await go_on(process, first)
+    assert await left() == {5000}
+    second.visits[0].spend(1000, clock[0])
+    first.visits[0].spend(500, clock[0])
+    await second.limits.exchange()
+    assert await left() == {3500}
+    for each in routers:
+        await each.server.aclose()
+
+
 async def test_what_the_rate_makes_good_while_redis_hangs_is_not_missing_when_it_is_back(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ):

@@ -7,7 +7,8 @@ that have died use nothing. The server's clock counts, so that routers' clocks d
 A call that was not answered may have been run, and may yet be, after later ones. Hence a router says how many tokens it
 has spent in all, and up to where it knows them to be counted; the server remembers up to where it has counted them, so
 each counts once, however often and in whichever order it is told. What is told late is counted as far as the rate has
-not made it good meanwhile: up to what the router itself finds missing.
+not made it good meanwhile: up to what the router itself finds missing. Tokens of a request that never ran are given
+back: a router has spent fewer then than are counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,8 +64,14 @@ for kind, rate in pairs(use.rates) do
   local former = levels[kind] or {rate, now}
   levels[kind] = {math.min(rate, former[1] + math.max(0, now - former[2]) * rate / 60), now}
 end
-local new = use.spent - math.max(use.told, tonumber(redis.call('GET', counted) or 0))
-if use.rates.tokens and new > 0 then levels.tokens[1] = levels.tokens[1] - math.min(new, use.missing) end
+local known = tonumber(redis.call('GET', counted))
+local new = use.spent - math.max(use.told, known or 0)
+local given_back = use.spent < use.told and math.min(0, use.spent - (known or use.told)) or 0
+if use.rates.tokens and new > 0 then
+  levels.tokens[1] = levels.tokens[1] - math.min(new, use.missing)
+elseif use.rates.tokens then
+  levels.tokens[1] = math.min(use.rates.tokens, levels.tokens[1] - given_back)
+end
 
 local function refusal(of, names)
   if use.max_requests and of.visits >= use.max_requests then return 'visits' end
@@ -101,7 +108,9 @@ for kind, rate in pairs(use.rates) do
 end
 keeps = math.ceil(keeps * 1000)
 redis.call('PEXPIRE', key, keeps)
-if new > 0 then redis.call('SET', counted, use.spent, 'PX', keeps) end  -- by then, the router misses none of these
+if new > 0 or given_back < 0 then
+  redis.call('SET', counted, use.spent, 'PX', keeps)  -- by then, the router misses none of these
+end
 return cjson.encode({refusals = refusals, left = left})
 """
 

@@ -91,7 +91,7 @@ class SharedLimits:
         for tenant, known in self._tenants.items():
             own = of_tenants[tenant]
             use = _use(tenant, [each.visit for each in own], now)
-            if own or use.spent > use.told or use.held != known or (renews and use.held != NOTHING):
+            if own or use.spent != use.told or use.held != known or (renews and use.held != NOTHING):
                 due[tenant] = use, own
         if not due and self._fails is False:
             return
@@ -138,7 +138,7 @@ class SharedLimits:
 
 def _has_news(tenant: Tenant, known: tuple[Held, Held]) -> bool:
     """For a store that knows this of what it has in use."""
-    return _held(tenant, ()) != known or tenant.spent > tenant.told
+    return _held(tenant, ()) != known or tenant.spent != tenant.told
 
 
 def _use(tenant: Tenant, begins: Sequence[Visit], now: float) -> Use:
