@@ -118,10 +118,11 @@ class BatchFolder(Batches):
         for folder in self._path.glob("*/files/*"):
             record = _read(folder / "record.json", FileRecord)
             with suppress(OSError):  # another router deletes it
-                if record is None:
-                    over = _last_change(folder) + ABANDONED_SECONDS < now
-                else:
+                if record is not None:
                     over = record.expires_at < now and record.id not in needed
+                else:  # a record that cannot be read is one
+                    abandoned = not (folder / "record.json").exists()
+                    over = abandoned and _last_change(folder) + ABANDONED_SECONDS < now
                 if over:
                     shutil.rmtree(folder, ignore_errors=True)
 
