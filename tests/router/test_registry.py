@@ -152,7 +152,8 @@ def test_a_session_keeps_its_version_on_every_router_and_while_its_share_grows(s
 
 
 def test_the_parts_of_a_merged_adapter_are_resolved_each(registry: Registry) -> None:
-    merged = registry.resolve(MergedReference((AdapterReference("sql"), AdapterReference("b"))), "me")
+    parts = AdapterReference("sql"), AdapterReference("b")
+    merged = registry.resolve(MergedReference(parts), "me", lambda origin_id: True)
     assert [part.id for part in merged.adapters] == ["sql@2", "b"]
 
 

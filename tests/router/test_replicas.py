@@ -5,10 +5,17 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from loraplex_protos.errors import AdapterSourceError, OverloadedError, UnavailableError
+from loraplex_protos.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    AdapterSourceError,
+    OverloadedError,
+    UnavailableError,
+)
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.replicas import Lease
@@ -17,6 +24,7 @@ from loraplex_router.vocabulary.references import AdapterReference
 from loraplex_router.vocabulary.request import Request
 from loraplex_router.vocabulary.sequence import FinishReason
 from tests.router.test_engine import Setup
+from tests.router.test_keys import hashed
 
 
 class Cluster(Setup):
@@ -202,6 +210,47 @@ async def test_a_lost_replicas_requests_wait_for_an_adapter_that_cannot_be_loade
     (delta,) = await generation.collect()
     assert [sample.token for sample in delta.samples] == list(range(2, 202, 2)) and not errors
     cluster.service.requests.close(generation)
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "untold"),
+    [
+        (
+            AdapterNotFoundError("ann/plan is gone"),
+            "adapter public@1 of the registry: ann/plan is gone",
+            "adapter public@1 of the registry cannot be found in its source: tell the administrator, who sees why",
+        ),
+        (
+            AdapterSourceError("the hub has no connection for ann/plan"),
+            "the shards were lost, and adapter public@1 of the registry: the hub has no connection for ann/plan",
+            "the shards were lost, and adapter public@1 of the registry cannot be fetched from its source, or is not "
+            "what the registry says: tell the administrator, who sees why",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, AdapterError) else "",
+)
+async def test_why_a_lost_replicas_request_cannot_continue_names_an_origin_only_to_who_may_know_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: AdapterError, told: str, untold: str
+) -> None:
+    (tmp_path / "registry.yaml").write_text("adapters: {public: {1: {id: ann/plan}}}")
+    allowed = {"ann": ["ann/*", "public"], "bob": ["public"]}
+    tenants = {name: TenantSettings(keys=[hashed(name)], adapters=names) for name, names in allowed.items()}
+    cluster = Cluster(tenants, tmp_path / "registry.yaml")
+    asked = {key: await cluster.service.generate(request(0, 100, "public"), key) for key in allowed}
+    second = cluster.join("second")
+
+    async def fail(reference: AdapterReference) -> NoReturn:
+        raise error
+
+    second.shards.stage = fail
+    cluster.lose(cluster.replica)
+    for key, wanted in ("ann", told), ("bob", untold):
+        with pytest.raises(type(error) if wanted.startswith("adapter") else UnavailableError) as failed:
+            await asked[key].collect()
+        assert failed.value.message == wanted
+        cluster.service.requests.close(asked[key])
+    assert caplog.messages.count(f"adapter public@1 of the registry: {error.message}") == 1
+    await cluster.close()
 
 
 async def test_a_request_does_not_continue_with_an_adapter_that_has_changed(cluster: Cluster):

@@ -102,12 +102,10 @@ class Registry:
             return replace(reference, adapters=tuple(self._named(part) for part in reference.adapters))
         return reference and self._named(reference)
 
-    def resolve(
-        self, reference: Reference | None, session: str, may_know: Callable[[str], bool] = lambda origin_id: True
-    ) -> Reference | None:
+    def resolve(self, reference: Reference | None, session: str, may_know: Callable[[str], bool]) -> Reference | None:
         """The reference to the version that it names, or to the source that it names. Of an alias with weights, the
-        session decides; equal sessions get the same version from every router. Who may not know a version's origin is
-        not told its fault.
+        session decides; equal sessions get the same version from every router. `may_know`: whether who asks may know
+        the origin with this id; if not, the reference is opaque, and a version's fault is not told.
 
         Raises AdapterNotFoundError for a version that a registered name does not have, InvalidRequestError for a
         revision of a registered name.
@@ -141,10 +139,11 @@ class Registry:
         if version is None:
             versions = ", ".join(map(str, sorted(self._versions(self.bare(target)))))
             raise AdapterNotFoundError(f"the registry has no {quote(target)}; its versions: {versions}")
+        known = may_know(version.origin.id)
         if version.fault:
-            why = version.fault if may_know(version.origin.id) else ADMINISTRATORS_SEE
+            why = version.fault if known else ADMINISTRATORS_SEE
             raise AdapterInvalidError(f"{quote(target)} of the registry cannot be served: {why}")
-        return replace(reference_to(version), token=reference.token, asked=asked)
+        return replace(reference_to(version), token=reference.token, asked=asked, opaque=not known)
 
     def find(self, target: str) -> Version | None:
         """The version that `name` or `name@version` names."""

@@ -1,7 +1,6 @@
-"""What is said of an adapter that cannot be served: which one it is, and suggestions if it does not exist."""
+"""Which adapters a client may have meant that asked for one that does not exist."""
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,32 +8,16 @@ from contextlib import asynccontextmanager
 from difflib import get_close_matches
 from heapq import nlargest
 
-from loraplex_protos.errors import (
-    AdapterError,
-    AdapterForbiddenError,
-    AdapterNotFoundError,
-    AdapterSourceError,
-    LoraplexError,
-    quote,
-)
+from loraplex_protos.errors import AdapterError, LoraplexError
 from loraplex_router.access.tenant import Tenant
-from loraplex_router.adapters.registry import ADMINISTRATORS_SEE
-from loraplex_router.vocabulary.references import AdapterReference, Reference, ids_of, parts_of
-
-logger = logging.getLogger(__name__)
+from loraplex_router.adapters.faults import FAULTS, adapter_of, explained, is_registered
+from loraplex_router.vocabulary.references import Reference, ids_of
 
 MOST = 3
 COMPARED = 200  # names at most: comparing is slow
 PART = 3  # characters
 MOST_WAITING = 4  # requests whose name is compared; further ones get no suggestion
 PAUSE = 9  # times as long as the comparison before it took, which holds the interpreter's lock
-
-# What is wrong with a registered adapter, for those who may not know its origin.
-FAULTS: Mapping[type[AdapterError], str] = {
-    AdapterNotFoundError: "cannot be found in its source",
-    AdapterSourceError: "cannot be fetched from its source, or is not what the registry says",
-    AdapterForbiddenError: "is not handed out by its source",
-}
 
 
 def similar(name: str, names: Iterable[str]) -> list[str]:
@@ -55,23 +38,9 @@ def asking(names: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, names))}?" if names else ""
 
 
-def _of_registered(error: AdapterError, version: AdapterReference, tenant: Tenant) -> str:
-    """The message for a tenant about a version in the registry: the error's may name the origin and its digest."""
-    whole = f"adapter {version.id} of the registry: {error.message}"
-    if type(error) not in FAULTS or tenant.may_know(version.origin.id):
-        return whole
-    logger.warning("tenant %s: %s", quote(tenant.name), whole)
-    return f"adapter {version.id} of the registry {FAULTS[type(error)]}: {ADMINISTRATORS_SEE}"
-
-
-def _of_part(error: AdapterError, name: str) -> str:
-    """The message about one of several adapters, which names it."""
-    return error.message if name in error.message else f"adapter {name}: {error.message}"
-
-
 class Suggestions:
-    """Adds names and suggestions to errors. However often clients ask for what does not exist, comparing names is
-    done one at a time, and takes a tenth of the time at most."""
+    """Adds suggestions to errors. However often clients ask for what does not exist, comparing names is done one at a
+    time, and takes a tenth of the time at most."""
 
     def __init__(
         self, names: Callable[[], Awaitable[Mapping[str, Collection[str] | None]]], bare: Callable[[str], str]
@@ -86,20 +55,15 @@ class Suggestions:
 
     @asynccontextmanager
     async def for_missing(self, reference: Reference | None, tenant: Tenant) -> AsyncIterator[None]:
-        """A context in which the adapter is looked up. Errors name it if it is of the registry, or one of several to be
-        merged. Suggests only names that the tenant may see."""
+        """A context in which the adapter is looked up. Its errors are explained, with suggestions of names that the
+        tenant may see."""
         try:
             yield
         except AdapterError as error:
-            if error.place is None and type(error) not in FAULTS:
-                raise
-            adapter = reference if error.place is None else parts_of(reference)[error.place]
-            if isinstance(adapter, AdapterReference) and adapter.version is not None:  # not the caller's mistake
-                raise type(error)(_of_registered(error, adapter, tenant)) from error
-            ids = ids_of(adapter)
-            message = error.message if error.place is None else _of_part(error, quote(ids[0]))
-            found = await self._similar(ids, tenant) if type(error) in FAULTS else []
-            raise type(error)(message + asking(found)) from error
+            told, adapter = explained(error, reference), adapter_of(error, reference)
+            suggests = type(error) in FAULTS and not is_registered(adapter)
+            found = await self._similar(ids_of(adapter), tenant) if suggests else []
+            raise type(error)(told.message + asking(found)) from error
 
     async def _similar(self, ids: Sequence[str], tenant: Tenant) -> list[str]:
         try:

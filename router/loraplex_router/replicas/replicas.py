@@ -20,6 +20,7 @@ from loraplex_protos.errors import (
     OverloadedError,
     UnavailableError,
 )
+from loraplex_router.adapters.faults import explained
 from loraplex_router.engine.changes import Changes
 from loraplex_router.engine.generation import Generation
 from loraplex_router.engine.suspects import acquit
@@ -269,7 +270,7 @@ class Replicas:
         try:
             lease = await self._place_again(generation)
         except LoraplexError as error:
-            self._fail(generation, error)
+            self._fail(generation, explained(error, generation.reference))
         except Exception:
             logger.exception("cannot move a request to another replica")
             self._fail(generation, UnavailableError("the router failed; its log has the details"))
@@ -283,7 +284,7 @@ class Replicas:
     async def _place_again(self, generation: Generation) -> "Lease":
         """What may pass is waited for: an adapter that cannot be fetched now, or has no room, too."""
         grammar, lost = generation.outputs[0].sequence.grammar, list[Replica]()
-        lease, reason = None, "no replacement became ready in time"
+        lease, last = None, LoraplexError("no replacement became ready in time")
         try:
             async with asyncio.timeout(self._move_seconds):
                 while lease is None:
@@ -293,10 +294,11 @@ class Replicas:
                     except UnavailableError:
                         await asyncio.sleep(RETRY_SECONDS)
                     except (OverloadedError, AdapterSourceError) as error:
-                        reason = error.message
+                        last = error
                         await asyncio.sleep(RETRY_SECONDS)
         except TimeoutError:
-            raise UnavailableError(f"the shards were lost, and {reason}") from None
+            told = explained(last, generation.reference).message
+            raise UnavailableError(f"the shards were lost, and {told}") from None
         if lease.adapter.digest != generation.adapter.digest:
             lease.close()
             raise UnavailableError("the shards were lost, and the adapter's content has changed since")

@@ -251,7 +251,8 @@ class Requests:
             if not number or not (found or self._replicas.hold(record.digest)):
                 raise AdapterConflictError(replaced(record.adapter)) from error
             origin = found.origin if found else Upload(partial(_refuse, replaced(record.adapter)))
-            return reference_to(Version(name, int(number), origin, record.digest))
+            version = Version(name, int(number), origin, record.digest)
+            return replace(reference_to(version), opaque=not tenant.may_know(origin.id))
 
     async def end_former(self, saved: Sequence[Saved], tenant: Tenant) -> None:
         """Ends the request that is resumed, if it runs here: its client has lost the connection. Later requests may

@@ -22,6 +22,7 @@ class AdapterReference:
     version: "Version | None" = None  # of a name in the registry: its id is the version's
     asked: str = field(default="", compare=False)  # the name or alias in the request that led to the version
     hidden: bool = field(default=False, compare=False)  # the registry has this name, too, and the source was named
+    opaque: bool = field(default=False, compare=False)  # who asked may not know the version's origin
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", normal(self.id))
