@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import AsyncIterator, MutableMapping
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -25,9 +26,12 @@ from loraplex_router.access.keys import TenantSettings
 from loraplex_router.api.http.multipart import split_files
 from loraplex_router.api.uploads import receive
 from loraplex_router.replicas import uploads
+from loraplex_router.replicas.replica import Replica
 from loraplex_router.replicas.uploads import Announcement
+from loraplex_router.vocabulary.adapter import StagedAdapter
 from loraplex_router.vocabulary.references import AdapterReference, MergedReference
 from loraplex_router.vocabulary.request import Request
+from tests.router.fake_shards import FakeShards
 from tests.router.test_keys import ADMIN_KEY, OLD_KEY, hashed
 from tests.router.test_registry import read_content
 from tests.router.test_replicas import Cluster, request
@@ -241,6 +245,28 @@ async def test_a_version_that_is_removed_while_its_replica_is_lost_is_forgotten(
     monkeypatch.setattr(cluster.shards, "unstage", lost)
     await cluster.service.adapters.remove("policy", version)
     assert await asyncio.gather(*cluster.administration._working) == [None]
+
+
+async def test_an_upload_that_only_a_lost_replica_has_is_to_be_sent_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    staged = list[Replica]()
+
+    async def stage(replica: Replica, *upload: Any) -> StagedAdapter:
+        if staged:
+            cluster.tasks.pop(staged[0]).cancel()
+            cluster.replicas.remove(staged[0])
+            raise UnavailableError("it hangs")
+        staged.append(replica)
+        return await FakeShards.upload(replica.shards, *upload)
+
+    for replica in cluster.replica, cluster.join("second"):
+        monkeypatch.setattr(replica.shards, "upload", partial(stage, replica))
+    with pytest.raises(UnavailableError, match="was lost: send the request again"):
+        await upload(cluster, b"one")
+    assert len(staged) == 1 and cluster.registry.find("policy") is None
+    monkeypatch.undo()
+    await upload(cluster, b"one")
 
 
 async def test_uploads_have_a_rate(cluster: Cluster):

@@ -40,7 +40,14 @@ class Administration:
     async def load(self, reference: AdapterReference) -> pb.AdapterStatus:
         """Rereads the source and stages its current content, on one replica."""
         await self._replicas.choose(reference).adapters.read_again(reference)
-        return self.listing.status(reference)
+        return self.loaded(reference)
+
+    def loaded(self, name: AdapterReference | str) -> pb.AdapterStatus:
+        """The status of what was just loaded. Raises UnavailableError if its replica was lost meanwhile."""
+        try:
+            return self.listing.status(name)
+        except AdapterNotFoundError as error:
+            raise UnavailableError("the replica that had loaded it was lost: send the request again") from error
 
     async def stage(self, reference: AdapterReference) -> Entry:
         """Stages an adapter on one replica. Returns what it was resolved to."""
@@ -145,7 +152,7 @@ class Administration:
         if not adapter.ready and self._pins.has(adapter.digest, name.id if isinstance(name, AdapterReference) else ""):
             self._pins.remove(adapter.digest)
             raise UnavailableError("it cannot be loaded onto the device, so it is not pinned; the log says why")
-        return self.listing.status(name)
+        return self.loaded(name)
 
     def unpin(self, name: AdapterReference | str) -> pb.AdapterStatus:
         """Content that is pinned under another name as well stays pinned under that. Raises AdapterNotFoundError if it

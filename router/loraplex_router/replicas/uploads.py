@@ -101,12 +101,11 @@ class Uploads:
         version = Version(upload.name, number, content)
         reference = reference_to(version)
         try:
-            first = self._replicas.choose(reference)
-            await first.adapters.resolve(reference)
-            others = [replica for replica in self._replicas if replica.accepting and replica is not first]
-            # One where this fails now is sent it again by the first request.
-            await asyncio.gather(*(other.adapters.resolve(reference) for other in others), return_exceptions=True)
-            status = self._administration.listing.status(reference)
+            with await self._replicas.place(reference) as first:
+                others = [replica for replica in self._replicas if replica.accepting and replica is not first.replica]
+                # One where this fails now is sent it again by the first request.
+                await asyncio.gather(*(other.adapters.resolve(reference) for other in others), return_exceptions=True)
+                status = self._administration.loaded(reference)
             if self._declarations.keep_uploads:
                 await self._declarations.add_upload(replace(version, digest=status.digest), upload.expected_version)
             else:
