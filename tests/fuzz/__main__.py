@@ -13,10 +13,11 @@ from tests.fuzz.run import fuzz
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--at-a-time", type=int, default=8, help="no more than cores, to time the gaps of the stream")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = asyncio.run(fuzz(Path(folder), options.seed, options.requests))
+        report = asyncio.run(fuzz(Path(folder), options.seed, options.requests, options.at_a_time))
     print(f"seed {options.seed}: {report}")
     sys.exit(bool(report.faults))
 

@@ -22,7 +22,7 @@ from tests.fuzz.http import Api, odd_request, read_api, send
 from tests.stand_in_hub import StandInHub
 
 FLAGS = "--max-model-len=600", "--kv-blocks=256", "--threads=1", "--max-adapters-on-device=4", "--store=memory"
-AT_A_TIME = 8
+SHOWN = 8  # requests beside a gap
 ROOT = Path(__file__).parents[2]
 
 
@@ -58,10 +58,10 @@ class Report:
         """The requests that there were in a gap which ended then, or those of them that took longest."""
         met = [sent for sent in self.sent if sent.began < when and sent.ended > when - gap]
         met.sort(key=lambda sent: sent.began - sent.ended)
-        return "\n".join(f"  number {sent.number}: {sent.text:.150}" for sent in met[:AT_A_TIME])
+        return "\n".join(f"  number {sent.number}: {sent.text:.150}" for sent in met[:SHOWN])
 
 
-async def fuzz(folder: Path, seed: int, requests: int) -> Report:
+async def fuzz(folder: Path, seed: int, requests: int, at_a_time: int) -> Report:
     """Sends so many requests, half of them over HTTP."""
     model = save_model(folder / "model")
     save_adapter(model, folder / "adapters" / "red", 8, 0)
@@ -76,7 +76,7 @@ async def fuzz(folder: Path, seed: int, requests: int) -> Report:
         canary = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, cwd=ROOT)
         assert canary.stdout and await canary.stdout.readline() == b"ready\n"
         try:
-            await asyncio.gather(*(attack(server, api, seed, numbers, report) for _ in range(AT_A_TIME)))
+            await asyncio.gather(*(attack(server, api, seed, numbers, report) for _ in range(at_a_time)))
         finally:
             written, _ = await canary.communicate(b"")  # which ends its standard input
         report.seen = Seen(**json.loads(written))
