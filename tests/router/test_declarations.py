@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -17,6 +18,7 @@ from loraplex_protos.errors import (
     UnavailableError,
 )
 from loraplex_protos.generation_pb2 import ADAPTER_STATE_LOADED as LOADED
+from loraplex_protos.generation_pb2 import ADAPTER_STATE_REGISTERED as REGISTERED
 from loraplex_router.access import replaced_file
 from loraplex_router.access.keys import TenantSettings
 from loraplex_router.adapters.registry_content import read_registry, write_registry
@@ -74,6 +76,19 @@ async def test_a_registered_adapter_is_the_newest_version_with_its_content_writt
     await generation.collect()
     cluster.service.requests.close(generation)
     assert (generation.adapter_version, generation.adapter_digest) == ("sql@2", DIGESTS["b"])
+
+
+async def test_a_version_is_registered_once_although_its_replica_is_lost_before_it_is_loaded(
+    cluster: Cluster, adapters: Adapters, path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    async def lose(reference: AdapterReference) -> NoReturn:
+        raise UnavailableError("the connection was closed")
+
+    monkeypatch.setattr(cluster.replica.adapters, "read_again", lose)
+    status = await adapters.register("sql", B, 1)
+    assert (status.id, status.state, status.digest) == ("sql@2", REGISTERED, DIGESTS["b"])
+    assert read_registry(path).names["sql"][2].digest == DIGESTS["b"]
+    assert len(await cluster.answer(1, adapter="sql@2")) == 5
 
 
 async def test_after_a_restart_other_content_under_the_same_id_is_refused(adapters: Adapters, path: Path):

@@ -1,6 +1,7 @@
 """Changes of the registry file through the API: versions, uploads, aliases, and their removal, each by
 compare-and-swap."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +21,10 @@ from loraplex_router.adapters.registry import AT, Registered, reference_to
 from loraplex_router.adapters.registry_content import ContentError, RegistryFileError, check
 from loraplex_router.adapters.registry_file import RegistryFile
 from loraplex_router.replicas.administration import Administration
+from loraplex_router.replicas.statuses import status_registered
 from loraplex_router.vocabulary.references import AdapterReference, Reference, Upload, Version
+
+logger = logging.getLogger(__name__)
 
 
 class Declarations:
@@ -85,7 +89,8 @@ class Declarations:
 
     async def register(self, name: str, reference: AdapterReference, expected_version: int | None) -> pb.AdapterStatus:
         """Makes an adapter the newest version of a name. Its source, commit and digest are written down as they are
-        now. Raises AdapterErrors if it cannot be served."""
+        now. Raises AdapterErrors if it cannot be served. What fails once it is registered does not matter: the call
+        would be sent again, and make another version."""
         self._writable()
         found = self._registry.resolve_one(reference, None)
         content, origin = await self._administration.stage(found), found.origin
@@ -103,7 +108,12 @@ class Declarations:
         await self._change(name, add)
         version = self._registry.find(name)
         assert version is not None
-        return await self._administration.load(replace(reference_to(version), token=reference.token))
+        registered = replace(reference_to(version), token=reference.token)
+        try:
+            return await self._administration.load(registered)
+        except LoraplexError as error:
+            logger.warning("adapter %s is registered, but not loaded: %s", version, error.message)
+            return status_registered(registered, ())
 
     async def set_alias(
         self, name: str, targets: Mapping[str, float], expected: Mapping[str, float] | None
