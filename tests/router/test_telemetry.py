@@ -21,7 +21,7 @@ from loraplex_router.telemetry.request_log import RequestLog
 from loraplex_router.usage.event import Used
 from loraplex_router.vocabulary.adapter import BASE_NAME, OTHER
 from loraplex_router.vocabulary.references import AdapterReference
-from loraplex_router.vocabulary.request import Request
+from loraplex_router.vocabulary.request import EmbedRequest, Request
 from tests.router.test_engine import Setup
 from tests.router.test_http_streams import Client
 from tests.router.test_keys import hashed
@@ -245,6 +245,20 @@ async def test_a_refused_request_is_also_logged(setup: Setup, caplog: pytest.Log
     (record,) = [record for record in caplog.records if record.message == "request"]
     assert record.__dict__["fields"]["outcome"] == AdapterNotFoundError.error_type
     assert record.__dict__["fields"]["adapter"] == "absent"
+
+
+async def test_the_log_says_whose_request_was_refused(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    setup = Setup(tenants={"acme": TenantSettings(keys=[hashed("of acme")], adapters=[])})
+    request = Request(prompt=(1,), adapter=AdapterReference("a"), max_new_tokens=1, request_id="mine")
+    embedding = EmbedRequest(((1,),), adapter=request.adapter, request_id="mine")
+    for key, error in ("of acme", ForbiddenError), ("unknown", UnauthenticatedError):
+        with pytest.raises(error):
+            await setup.service.generate(request, key)
+        with pytest.raises(error):
+            await setup.service.pooling.embed(embedding, key)
+    lines = [record.__dict__["fields"] for record in caplog.records if record.message == "request"]
+    assert [(line["tenant"], line["request_id"]) for line in lines] == [("acme", "mine")] * 2 + [(None, "mine")] * 2
 
 
 async def test_prompts_and_answers_are_logged_if_enabled(setup: Setup, caplog: pytest.LogCaptureFixture):

@@ -81,6 +81,7 @@ class Pooling:
         arrived = time.monotonic()
         with self._telemetry.admission(request, arrived):
             tenant = self._keys.tenant(key)
+        with self._telemetry.admission(request, arrived, tenant.name):
             info = self._model().info
             check_embed_request(request, info.vocab_size, info.adapter_sources)
             adapter = await self._requests.resolve(request.adapter, tenant, request.session)
@@ -90,14 +91,14 @@ class Pooling:
         most = max(1, self._requests.most_waiting(request.background) // 2)
         try:
             with ExitStack() as held:
-                with self._telemetry.admission(request, arrived):
+                with self._telemetry.admission(request, arrived, tenant.name):
                     first = self._requests.room(min(most, len(request.inputs)), tenant, request.background)
                     room = held.enter_context(first)
                 for number, part in enumerate(request.parts()):
                     if number >= most:
                         await _finish_pooling(started[number - most])
                         await self._requests.extend(room)
-                    with self._telemetry.admission(part, arrived):
+                    with self._telemetry.admission(part, arrived, tenant.name):
                         started += await self._requests.start([part], visit, room, arrived, volume)
                     if len(started) % FEW_INPUTS == 0:
                         await asyncio.sleep(0)

@@ -166,6 +166,7 @@ class Service:
                     await asyncio.sleep(0)
                 with self.telemetry.admission(request, arrived):
                     tenant = self.keys.tenant(key)
+                with self.telemetry.admission(request, arrived, tenant.name):
                     check_generates(self.info)
                     check_request(request, self.info.vocab_size, self.info.adapter_sources)
                     saved = await stream.find(request, self.info.model_id, tenant) if stream else []

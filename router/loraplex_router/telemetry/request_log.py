@@ -48,10 +48,11 @@ class RequestLog:
             fields["answers"] = [answer for _, answer in texts]
         logger.info("request", extra={"fields": fields})
 
-    def refused(self, request: Request | EmbedRequest, outcome: str, seconds: float) -> None:
-        """A request that was not queued."""
+    def refused(self, request: Request | EmbedRequest, tenant: str, outcome: str, seconds: float) -> None:
+        """A request that was not queued. Without a tenant, its key is not known, or nobody needs one."""
         fields: dict[str, object] = {
-            "request_id": request.request_id[:128] or None if isinstance(request, Request) else None,
+            "request_id": request.request_id[:128] or None,
+            "tenant": tenant or None,
             "adapter": _describe(request)[:MAX_QUOTED],
             "outcome": outcome,
             "duration_ms": _milliseconds(seconds),

@@ -80,18 +80,18 @@ class Telemetry:
     # ---- requests ----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def admission(self, request: Request | EmbedRequest, arrived: float) -> Iterator[None]:
-        """A context in which a request is checked and queued, or refused: what it raises is the outcome."""
+    def admission(self, request: Request | EmbedRequest, arrived: float, tenant: str = "") -> Iterator[None]:
+        """A context in which a tenant's request is checked and queued, or refused: what it raises is the outcome."""
         try:
             yield
         except LoraplexError as error:
-            self._refused(request, error.error_type, arrived)
+            self._refused(request, error.error_type, arrived, tenant)
             raise
         except asyncio.CancelledError:
-            self._refused(request, "cancelled", arrived)
+            self._refused(request, "cancelled", arrived, tenant)
             raise
         except Exception:
-            self._refused(request, LoraplexError.error_type, arrived)
+            self._refused(request, LoraplexError.error_type, arrived, tenant)
             raise
 
     def queued(self, generation: Generation) -> None:
@@ -145,10 +145,10 @@ class Telemetry:
         if self.traces is not None:
             self.traces.ended(generation, outcome, now)
 
-    def _refused(self, request: Request | EmbedRequest, outcome: str, arrived: float) -> None:
+    def _refused(self, request: Request | EmbedRequest, outcome: str, arrived: float, tenant: str) -> None:
         """Its adapter may be any text, so it gets no label."""
         self.metrics.requests.labels(outcome, OTHER).inc()
-        self._log.refused(request, outcome, time.monotonic() - arrived)
+        self._log.refused(request, tenant, outcome, time.monotonic() - arrived)
         if self.lorax is not None:
             self.lorax.refused(outcome)
         if self.traces is not None:

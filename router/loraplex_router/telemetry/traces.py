@@ -94,8 +94,7 @@ class Traces:
 
     def refused(self, request: Request | EmbedRequest, outcome: str, arrived: float) -> None:
         """A request that was not queued."""
-        name = request.request_id if isinstance(request, Request) else ""
-        root = self._begin(arrived, name[:128], "")
+        root = self._begin(arrived, request.request_id[:128], "")
         root.set_attribute("loraplex.outcome", outcome)
         root.set_status(Status(StatusCode.ERROR, outcome))
         self._span(root, "validate", arrived).end()
