@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 @contextmanager
-def redis_server(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+def redis_server(folder: Path, *flags: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     """Its URL and its process. It listens on a socket in the folder."""
-    path, flags = folder / "redis", ("--port", "0", "--save", "", "--loglevel", "warning")
-    with subprocess.Popen(["redis-server", "--unixsocket", str(path), *flags]) as process:
+    path, usual = folder / "redis", ("--port", "0", "--save", "", "--loglevel", "warning", "--dir", str(folder))
+    with subprocess.Popen(["redis-server", "--unixsocket", str(path), *usual, *flags]) as process:
         deadline = time.monotonic() + 30
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.05)

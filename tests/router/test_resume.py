@@ -25,7 +25,7 @@ from loraplex_router.journal.records import Record, decode, encode_tokens
 from loraplex_router.journal.redis_store import RedisStore
 from loraplex_router.journal.stores import MemoryStore, Store
 from loraplex_router.store import redis_server as redis_servers
-from loraplex_router.store.redis_server import CONNECTIONS, RedisServer
+from loraplex_router.store.redis_server import CONNECTIONS, PREFIX, RedisServer
 from loraplex_router.text.renderer import Renderer
 from loraplex_router.vocabulary.chat import ChatTemplates
 from tests.redis_server import redis_server
@@ -359,7 +359,7 @@ async def test_a_stream_can_be_resumed_although_the_redis_server_was_emptied_ami
             assert len(sent) == 100 and all(id for id, _ in sent)
             for place in range(flushed, len(sent), 20):
                 assert told(events(await ask(second, PATH, LONG, sent[place][0]))) == told(sent[place + 1 :])
-            (keys,) = await server.run([("KEYS", "loraplex:stream:*")])
+            (keys,) = await server.run([("KEYS", f"{PREFIX}stream:*")])
             assert keys and all(time > 0 for time in await server.run([("PTTL", key) for key in keys]))
         await server.aclose()
 

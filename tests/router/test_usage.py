@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from loraplex_protos.errors import UnavailableError
 from loraplex_router.journal.journal import Journal
 from loraplex_router.journal.redis_store import RedisStore
-from loraplex_router.store.redis_server import RedisServer
+from loraplex_router.store.redis_server import PREFIX, RedisServer
 from loraplex_router.usage import ledger as ledgers
 from loraplex_router.usage import log as usage_log
 from loraplex_router.usage import redis_ledger
@@ -113,7 +113,7 @@ async def test_entries_whose_answer_was_lost_are_not_counted_twice(servers: list
 @needs_redis
 async def test_what_an_earlier_version_has_counted_is_not_counted_again(servers: list[RedisServer]):
     former = "redis.call('SET', KEYS[1], cmsgpack.pack({entry = 'x.0', generated = 5, new = {1, 10, 4, 5}}))"
-    await servers[0].run([("EVAL", former, 1, "loraplex:account:one")])
+    await servers[0].run([("EVAL", former, 1, f"{PREFIX}account:one")])
     assert await settle(RedisLedger(servers[0]), entry(0, 8)) == [Used(generated_tokens=3)]
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from loraplex_protos.errors import UnavailableError
 
-PREFIX = "loraplex:"  # of all keys
+PREFIX = "{loraplex}:"  # of all keys, which the braces keep together in a cluster: scripts need several at a time
 TIMEOUT = 1.0  # seconds, of which some may be spent waiting for a connection
 CONNECTIONS = 8  # at most, which are kept
 
@@ -42,15 +42,25 @@ class RedisServer:
                 raise asyncio.CancelledError
 
     async def _run(self, commands: Sequence[Command]) -> list[Any]:
+        from redis.exceptions import MovedError, ResponseError
+
         try:
             async with asyncio.timeout(TIMEOUT):
                 pipeline = self._redis.pipeline(transaction=False)
                 for command in commands or [("PING",)]:
                     pipeline.execute_command(*command)
-                answers = await pipeline.execute()
+                try:
+                    answers = await pipeline.execute()
+                except ResponseError:  # after a failover, this may be a replica, and the name stand for another server
+                    await self._redis.connection_pool.disconnect(inuse_connections=False)
+                    raise
         except TimeoutError as error:
             self.fails = True
             raise UnavailableError("the Redis server of --store does not answer") from error
+        except MovedError as error:
+            self.fails = True
+            why = f"is a node of a cluster, of which {error.host}:{error.port} has the keys of loraplex: name that one"
+            raise UnavailableError(f"the Redis server of --store {why}, or a server without a cluster") from error
         except Exception as error:  # whatever the library raises must not end the router
             self.fails = True
             raise UnavailableError(f"the Redis server of --store fails: {error}") from error
