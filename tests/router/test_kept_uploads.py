@@ -160,8 +160,15 @@ async def test_a_version_is_expected_that_another_router_has_just_made(routers: 
     second = await upload(there, b"two", expected=first)
     with pytest.raises(AdapterConflictError, match=f"has version {second} now"):
         await upload(here, b"three", expected=first)
-    there._clock = lambda: 1.0
+    there.uploads._clock = lambda: 1.0
     assert await upload(there, b"three", expected=second) > second
+
+
+async def test_after_a_router_whose_clock_was_ahead_the_others_take_uploads(routers: tuple[Cluster, Cluster]):
+    here, there = routers
+    here.uploads._clock = lambda: time.time() + 86_400
+    first = await upload(here, b"one")
+    assert await upload(there, b"two") > first
 
 
 async def test_an_upload_that_an_alias_stands_for_is_kept_until_it_does_not(

@@ -279,7 +279,7 @@ async def test_uploads_have_a_rate(cluster: Cluster):
 
 async def test_a_clock_that_is_put_back_refuses_no_upload(cluster: Cluster):
     await upload(cluster, b"one")
-    cluster._clock = lambda: 1.0
+    cluster.uploads._clock = lambda: 1.0
     await upload(cluster, b"two")
 
 

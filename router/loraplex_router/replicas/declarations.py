@@ -3,7 +3,6 @@ compare-and-swap."""
 
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 
 from loraplex_protos import generation_pb2 as pb
@@ -18,7 +17,7 @@ from loraplex_protos.errors import (
     quote,
 )
 from loraplex_router.adapters.registry import AT, Registered, reference_to
-from loraplex_router.adapters.registry_content import ContentError, RegistryFileError, check
+from loraplex_router.adapters.registry_content import ContentError, check
 from loraplex_router.adapters.registry_file import RegistryFile
 from loraplex_router.replicas.administration import Administration
 from loraplex_router.replicas.statuses import status_registered
@@ -46,10 +45,9 @@ class Declarations:
         """Whether uploads are versions in the registry file. If not, they are only in this router's memory."""
         return self._file is not None and self._file.writable
 
-    async def reread(self) -> None:
+    async def look(self) -> None:
         """Takes up what another router may have changed just now."""
-        with suppress(RegistryFileError):  # the last good content stays
-            await self._writable().reread()
+        await self._writable().look()
 
     async def catch_up(self, reference: Reference | None) -> None:
         """Takes up what another router may have registered just now, if the reference has a name that is not known."""

@@ -93,10 +93,13 @@ class Uploads:
 
         Raises AdapterInvalidError if it cannot be served, AdapterConflictError if somebody else was faster.
         """
-        if not self._declarations.keep_uploads:
+        if self._declarations.keep_uploads:
+            await self._declarations.look()
+        else:
             await self._check_directory(upload.name)
-        # No number is used twice, after a restart or by another router either.
-        number = self._last = max(self._last + 1, int(self._clock() * 1000), (upload.expected_version or 0) + 1)
+        # No number is used twice, after a restart or by another router either, whose clock may have been ahead.
+        newest = self._registry.find(upload.name)
+        number = self._last = max(self._last + 1, int(self._clock() * 1000), newest.number + 1 if newest else 0)
         content = Upload(lambda: files)
         version = Version(upload.name, number, content)
         reference = reference_to(version)
@@ -146,13 +149,9 @@ class Uploads:
             expect_older(upload.name, number, now)
 
     async def _check_now(self, upload: Announcement) -> None:
-        try:
-            self._check(upload)
-        except AdapterConflictError:
-            if not self._declarations.keep_uploads:
-                raise
-            await self._declarations.reread()
-            self._check(upload)
+        if self._declarations.keep_uploads:
+            await self._declarations.look()
+        self._check(upload)
 
     async def _check_directory(self, name: str) -> None:
         """A folder's name would mean the folder again after a restart."""
