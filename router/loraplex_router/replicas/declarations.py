@@ -87,8 +87,8 @@ class Declarations:
 
     async def register(self, name: str, reference: AdapterReference, expected_version: int | None) -> pb.AdapterStatus:
         """Makes an adapter the newest version of a name. Its source, commit and digest are written down as they are
-        now. Raises AdapterErrors if it cannot be served. What fails once it is registered does not matter: the call
-        would be sent again, and make another version."""
+        now. Raises AdapterErrors if it cannot be served. Once it is registered, a failure is only logged: a client
+        would send the call again, and make another version."""
         self._writable()
         found = self._registry.resolve_one(reference, None)
         content, origin = await self._administration.stage(found), found.origin
