@@ -49,11 +49,12 @@ class RedisServer:
                 pipeline = self._redis.pipeline(transaction=False)
                 for command in commands or [("PING",)]:
                     pipeline.execute_command(*command)
-                try:
-                    answers = await pipeline.execute()
-                except ResponseError:  # after a failover, this may be a replica, and the name stand for another server
-                    await self._redis.connection_pool.disconnect(inuse_connections=False)
-                    raise
+                answers = await pipeline.execute(raise_on_error=False)  # the library's messages would have the commands
+                for refusal in answers:
+                    if isinstance(refusal, ResponseError):
+                        # After a failover, this may be a replica, and the name stand for another server.
+                        await self._redis.connection_pool.disconnect(inuse_connections=False)
+                        raise refusal
         except TimeoutError as error:
             self.fails = True
             raise UnavailableError("the Redis server of --store does not answer") from error
