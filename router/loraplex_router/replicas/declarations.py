@@ -47,12 +47,13 @@ class Declarations:
 
     async def look(self) -> None:
         """Takes up what another router may have changed just now."""
-        await self._writable().look()
+        if self._file is not None:
+            await self._file.look()
 
     async def catch_up(self, reference: Reference | None) -> None:
         """Takes up what another router may have registered just now, if the reference has a name that is not known."""
-        if self._file is not None and reference is not None and not self._registry.knows(reference):
-            await self._file.look()
+        if reference is not None and not self._registry.knows(reference):
+            await self.look()
 
     async def check_room(self, size: int) -> None:
         """Raises OverloadedError if there is no room to keep an upload."""

@@ -73,7 +73,8 @@ class Uploads:
         if size > self._most:
             why = f"have {size} bytes; uploads may have {self._most} (--adapter-uploads-mib)"
             raise InvalidRequestError(FieldViolation("files", why))
-        await self._check_now(upload)
+        await self._declarations.look()
+        self._check(upload)
         self._count()
         if self._declarations.keep_uploads:
             await self._declarations.check_room(size)
@@ -93,10 +94,9 @@ class Uploads:
 
         Raises AdapterInvalidError if it cannot be served, AdapterConflictError if somebody else was faster.
         """
-        if self._declarations.keep_uploads:
-            await self._declarations.look()
-        else:
+        if not self._declarations.keep_uploads:
             await self._check_directory(upload.name)
+        await self._declarations.look()
         # No number is used twice, after a restart or by another router either, whose clock may have been ahead.
         newest = self._registry.find(upload.name)
         number = self._last = max(self._last + 1, int(self._clock() * 1000), newest.number + 1 if newest else 0)
@@ -147,11 +147,6 @@ class Uploads:
         expect_version(upload.name, upload.expected_version, now)
         if number is not None:
             expect_older(upload.name, number, now)
-
-    async def _check_now(self, upload: Announcement) -> None:
-        if self._declarations.keep_uploads:
-            await self._declarations.look()
-        self._check(upload)
 
     async def _check_directory(self, name: str) -> None:
         """A folder's name would mean the folder again after a restart."""
